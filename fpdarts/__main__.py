@@ -1,0 +1,3 @@
+from fpdarts.cli import main
+
+main()

@@ -1,0 +1,180 @@
+"""The supernet: a stem, cells of mixed operations, and a classifier.
+
+The weights of a cell are packed by the state that their edges leave (see ``fpdarts.kernels.spec``), and computed by
+whichever back end ``kernels`` names; this file knows no arithmetic of its own beyond stem and classifier.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fpdarts import kernels as kernel_backends
+from fpdarts.genotype import Genotype
+from fpdarts.kernels.spec import CellSpec
+from fpdarts.space import DEFAULT_SUBSETS, reduction_cells, validate_subsets
+
+STEMS = ("cifar", "imagenet")
+WEIGHTINGS = ("sigmoid", "softmax")
+_MOMENTUM = 0.1  # of running statistics, as torch.nn.BatchNorm2d
+
+
+class Cell(nn.Module):
+    """Packed weights and running statistics of one cell."""
+
+    def __init__(self, spec: CellSpec):
+        super().__init__()
+        self.spec = spec
+        for name, parameter in spec.parameters.items():
+            weight = torch.empty(parameter.shape).uniform_(-parameter.bound, parameter.bound)
+            self.register_parameter(name, nn.Parameter(weight))
+        table = spec.statistics_rows, spec.slice_channels
+        self.register_buffer("running_mean", torch.zeros(table))
+        self.register_buffer("running_variance", torch.ones(table))
+
+    def forward(self, inputs, operation_weights, edge_weights, gates, kernels):
+        weights = dict(self.named_parameters(recurse=False))
+        statistics = None if self.training else (self.running_mean, self.running_variance)
+        out, batch = kernel_backends.cell(
+            self.spec, inputs, weights, operation_weights, edge_weights, gates, statistics, kernels=kernels
+        )
+        if batch is not None:
+            with torch.no_grad():
+                momentum = _MOMENTUM * batch.updated  # 0 for the rows of closed paths, which rest
+                self.running_mean.lerp_(batch.mean, momentum.expand_as(batch.mean))
+                self.running_variance.lerp_(batch.variance, momentum.expand_as(batch.variance))
+        return out
+
+
+def _stem(kind: str, channels: int) -> nn.ModuleList:
+    """Two modules: the first makes input state 0, the second makes input state 1 from it."""
+
+    def convolution(c_in, c_out, stride):
+        return [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)]
+
+    if kind == "cifar":
+        return nn.ModuleList([nn.Sequential(*convolution(3, channels, 1)), nn.Identity()])
+    first = nn.Sequential(*convolution(3, channels // 2, 2), nn.ReLU(), *convolution(channels // 2, channels, 2))
+    return nn.ModuleList([first, nn.Sequential(nn.ReLU(), *convolution(channels, channels, 2))])
+
+
+class SuperNet(nn.Module):
+    """FP-DARTS's supernet (Wang et al., Pattern Recognition 136, 2023, 109193).
+
+    num_classes: of the classifier.
+    init_channels: C of the first cell; doubled in each of the two reduction cells. Must be a multiple of ``partial``.
+    cells, nodes: depth, and intermediate nodes of a cell.
+    partial: K; path p reads channel slice p of K, all other channels bypass it.
+    stem: ``cifar`` (one 3x3 convolution) or ``imagenet`` (three of stride 2).
+    subsets: candidate operations of each path, disjoint; one path of all eight makes it PC-DARTS.
+    weighting: what makes weights of alpha and beta: ``sigmoid`` (FP-DARTS), or ``softmax`` (over a path's operations,
+        and over the edges into a node).
+    kernels: the back end, by name; whether it can run is known at the first forward, from the images' device.
+
+    Parameters ``alpha_normal``, ``alpha_reduce``: (edges, operations), operations of path 0 first; ``beta_normal``,
+    ``beta_reduce``: (edges,). Edges in edge order.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        init_channels: int = 16,
+        cells: int = 8,
+        nodes: int = 4,
+        partial: int = 2,
+        stem: str = "cifar",
+        subsets: Sequence[Sequence[str]] = DEFAULT_SUBSETS,
+        weighting: str = "sigmoid",
+        kernels: str = "auto",
+    ):
+        super().__init__()
+        if stem not in STEMS:
+            raise ValueError(f"unknown stem {stem!r}; choose one of: {', '.join(STEMS)}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {weighting!r}; choose one of: {', '.join(WEIGHTINGS)}")
+        kernel_backends.validate(kernels)
+        for name, value in (("num_classes", num_classes), ("init_channels", init_channels), ("cells", cells), ("nodes", nodes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.kernels, self.weighting, self.nodes = kernels, weighting, nodes
+        self.subsets = validate_subsets(subsets)
+
+        self.stem = _stem(stem, 3 * init_channels)
+        self.cells = nn.ModuleList()
+        wide, channels = (3 * init_channels, 3 * init_channels), init_channels
+        halved = stem == "imagenet"  # whether input 0 of the next cell is twice as large as its input 1
+        for i in range(cells):
+            reduction = i in reduction_cells(cells)
+            channels *= 2 if reduction else 1
+            self.cells.append(Cell(CellSpec(channels, wide, partial, self.subsets, nodes, reduction, halved)))
+            wide, halved = (wide[1], nodes * channels), reduction
+        self.classifier = nn.Linear(wide[1], num_classes)
+
+        spec = self.cells[0].spec
+        for kind in ("normal", "reduce"):
+            self.register_parameter(
+                f"alpha_{kind}", nn.Parameter(1e-3 * torch.randn(len(spec.edges), len(spec.operations)))
+            )
+            self.register_parameter(f"beta_{kind}", nn.Parameter(1e-3 * torch.randn(len(spec.edges))))
+
+    @property
+    def gate_shape(self) -> tuple[int, int, int]:
+        """(cells, edges, paths)."""
+        spec = self.cells[0].spec
+        return len(self.cells), len(spec.edges), spec.paths
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        """alpha and beta, of normal and of reduction cells."""
+        return [self.alpha_normal, self.alpha_reduce, self.beta_normal, self.beta_reduce]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """All parameters but alpha and beta."""
+        architecture = {id(p) for p in self.architecture_parameters()}
+        return [p for p in self.parameters() if id(p) not in architecture]
+
+    def mixing_weights(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Activated alpha (edges, operations) and beta (edges,) of ``normal`` or ``reduce`` cells."""
+        alpha, beta = getattr(self, f"alpha_{kind}"), getattr(self, f"beta_{kind}")
+        if self.weighting == "sigmoid":
+            return alpha.sigmoid(), beta.sigmoid()
+        by_path = alpha.split([len(subset) for subset in self.subsets], 1)
+        by_node = beta.split([node + 2 for node in range(self.nodes)])
+        return torch.cat([a.softmax(1) for a in by_path], 1), torch.cat([b.softmax(0) for b in by_node])
+
+    def forward(self, images: Tensor, gates: Tensor) -> Tensor:
+        """Logits (N, num_classes).
+
+        images: (N, 3, H, W). gates: (cells, edges, paths), 0 closes a path, any other number multiplies its output.
+        Raises ValueError for gates of another shape and for a size that the reductions cannot halve.
+        """
+        if tuple(gates.shape) != self.gate_shape:
+            raise ValueError(f"gates must have shape {self.gate_shape} (cells, edges, paths), not {tuple(gates.shape)}")
+        mixing = {kind: self.mixing_weights(kind) for kind in ("normal", "reduce")}
+        first = self.stem[0](images.contiguous(memory_format=torch.channels_last))
+        states = first, self.stem[1](first)
+        for cell, cell_gates in zip(self.cells, gates):
+            alpha, beta = mixing["reduce" if cell.spec.reduction else "normal"]
+            states = states[1], cell(states, alpha, beta, cell_gates, self.kernels)
+        return self.classifier(states[1].mean((2, 3)))
+
+    @torch.no_grad()
+    def genotype(self) -> Genotype:
+        """The discrete architecture that alpha and beta now prefer.
+
+        Of each node the two edges with the best score, activated alpha times activated beta of the edge's best operation
+        (``none`` excluded), better one first.
+        """
+        edges, names = self.cells[0].spec.edges, self.cells[0].spec.operations
+        chosen = {}
+        for kind in ("normal", "reduce"):
+            alpha, beta = self.mixing_weights(kind)
+            scores = alpha * beta[:, None]
+            scores[:, [i for i, name in enumerate(names) if name == "none"]] = -1
+            best, operation = scores.max(1)
+            chosen[kind] = []
+            for node in range(self.nodes):
+                into = [i for i, edge in enumerate(edges) if edge.node == node]
+                into.sort(key=lambda i: -best[i].item())
+                chosen[kind] += [(names[operation[i]], edges[i].source) for i in into[:2]]
+        concat = tuple(range(2, self.nodes + 2))
+        return Genotype(tuple(chosen["normal"]), concat, tuple(chosen["reduce"]), concat)

@@ -1,0 +1,141 @@
+"""The kernel seam: what the supernet asks of a back end, and the choice of one.
+
+A back end is a module of this package with the functions below, in the same signatures, and ``unavailable(device)``,
+which returns None or the reason why it cannot run there. ``cell`` is what a search calls; the other functions are its
+parts, public so that each can be tested and timed alone. A faster back end may merge neighbouring parts (normalize
+into the stage that follows, for one); it is then tested against the same composition of the reference's parts.
+Parameters are packed as ``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+from .spec import CellSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BACKENDS = ("reference", "native", "triton")  # auto takes the last that can run
+
+
+class BackendUnavailable(RuntimeError):
+    """A back end that was asked for by name cannot run here; the message says why."""
+
+
+class Statistics(NamedTuple):
+    """Of the normalizations of a cell, a row of c channels each, as ``CellSpec.statistics`` lays them out.
+
+    mean, variance: (rows, c) float32 (float64 for float64 weights); the variance is the unbiased one, as
+        torch.nn.BatchNorm2d keeps it.
+    updated: (rows, 1), 1 where this forward computed the row, 0 where its path was closed and it rests.
+    """
+
+    mean: "Tensor"
+    variance: "Tensor"
+    updated: "Tensor"
+
+
+@cache
+def _reason_against(name: str, device: str) -> str | None:
+    if find_spec(f"{__name__}.{name}") is None:
+        return f"this version of fpdarts has no {name} kernels yet; use --kernels reference"
+    return import_module(f"{__name__}.{name}").unavailable(device)
+
+
+def available(device: str = "cpu") -> dict[str, str | None]:
+    """For every back end None where it can run on the device, otherwise the reason why not."""
+    return {name: _reason_against(name, device) for name in BACKENDS}
+
+
+def validate(name: str):
+    """Raises ValueError, with the valid names, for an unknown one."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown kernels {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
+
+
+def backend(name: str = "auto", device: str = "cpu") -> ModuleType:
+    """The back end of that name. ``auto`` is the fastest that can run on the device.
+
+    Raises ValueError for an unknown name and BackendUnavailable, with the reason, for one that cannot run: a back end
+    that is asked for by name never falls back to another.
+    """
+    validate(name)
+    if name == "auto":
+        name = [name for name, reason in available(device).items() if reason is None][-1]
+    reason = _reason_against(name, device)
+    if reason:
+        raise BackendUnavailable(f"kernels {name!r} cannot run here: {reason}")
+    return import_module(f"{__name__}.{name}")
+
+
+def stage(x: "Tensor", depthwise: "Tensor", pointwise: "Tensor", *, stride=1, dilation=1, kernels="auto") -> "Tensor":
+    """ReLU, depthwise and pointwise convolution of E edges at once; not normalized.
+
+    x: (N, c, H, W), read by all edges, or (N, E*c, H, W), a slice an edge. depthwise: (E, k, k, c), zero padding
+    dilation*(k-1)/2. pointwise: (E, c_in, c_out). Returns (N, E*c, H/stride, W/stride).
+    """
+    return backend(kernels, x.device.type).stage(x, depthwise, pointwise, stride=stride, dilation=dilation)
+
+
+def pooling(x: "Tensor", operation: str, *, stride=1, kernels="auto") -> "Tensor":
+    """``max_pool_3x3`` or ``avg_pool_3x3`` (padding left out of its count), not normalized.
+
+    x: (N, c, H, W). Returns (N, c, H/stride, W/stride).
+    """
+    return backend(kernels, x.device.type).pooling(x, operation, stride=stride)
+
+
+def factorized_reduction(x: "Tensor", even: "Tensor", odd: "Tensor", *, kernels="auto") -> "Tensor":
+    """ReLU, then a 1x1 convolution of the even and one of the odd pixels (both coordinates), concatenated edge by edge.
+
+    x: (N, c, H, W), H and W even. even: (E, c, h). odd: (E, c, h'). Returns (N, E*(h+h'), H/2, W/2), not normalized.
+    """
+    return backend(kernels, x.device.type).factorized_reduction(x, even, odd)
+
+
+def normalize(raw: "Tensor", weight: Optional["Tensor"] = None, statistics: Optional[tuple] = None, *, kernels="auto"):
+    """Batch normalization without affine parameters, times a coefficient a channel.
+
+    raw: (N, C, H, W). weight: (C,) or None for 1. statistics: (mean, variance), each (C,), to normalize by; None takes
+    the batch's own. Returns (out, mean, variance): the batch's own, the variance unbiased, or those given.
+    """
+    return backend(kernels, raw.device.type).normalize(raw, weight, statistics)
+
+
+def node(slices: Sequence[Sequence[tuple]], *, kernels="auto") -> "Tensor":
+    """Sum of weighted terms in each channel slice, then the channel shuffle: out[:, K*c + g] = slices[g][:, c].
+
+    slices: K sequences, none empty, of (term (N, c, H, W), coefficient: 0-dim tensor or None for 1).
+    Returns (N, K*c, H, W).
+    """
+    return backend(kernels, slices[0][0][0].device.type).node(slices)
+
+
+def cell(
+    spec: CellSpec,
+    inputs: tuple["Tensor", "Tensor"],
+    weights: Mapping[str, "Tensor"],
+    operation_weights: "Tensor",
+    edge_weights: "Tensor",
+    gates: "Tensor",
+    statistics: Optional[tuple] = None,
+    *,
+    kernels="auto",
+) -> tuple["Tensor", Optional[Statistics]]:
+    """One cell of the supernet: preprocessing of both inputs, all mixed operations, nodes concatenated.
+
+    inputs: (N, C_0, H_0, W_0) and (N, C_1, H, W), float32, float64 or bfloat16, fastest in channels_last.
+    weights: as ``spec.parameters`` names and shapes them.
+    operation_weights: (edges, operations), the activated alpha, operations of path 0 first.
+    edge_weights: (edges,), the activated beta.
+    gates: (edges, paths), best on the CPU; 0 closes a path: it is not computed, its gradient is zero.
+    statistics: (mean, variance), each (rows, c), to normalize by in evaluation; None takes the batch's own.
+    Returns (out (N, nodes*C, H', W'), Statistics of the batch or None in evaluation).
+    Raises ValueError for a size that a stride of 2 would not halve, and for inputs whose sizes do not fit each other.
+    """
+    module = backend(kernels, inputs[0].device.type)
+    return module.cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics)

@@ -1,0 +1,185 @@
+"""The search space's geometry: operations, edges, and how a cell's parameters and statistics are packed.
+
+This is the one place that says where a number lies. Every back end reads the same tensors, so a state_dict moves
+between them unchanged. No torch here: the command line and the genotype code read this file too.
+
+Two orders of a cell's edges are in use:
+
+- *edge order* (alpha, beta, gates, genotypes): node by node, and within a node by source state;
+- *source order* (packed weights, running statistics): source state by source state, and within one by node. All
+  edges that leave a state read the same slice of channels, so they lie side by side and are computed together.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import NamedTuple
+
+EPSILON = 1e-5  # of every batch normalization, as torch.nn.BatchNorm2d
+
+
+class Operation(NamedTuple):
+    """kind: what computes it; stages: how many times ReLU -> depthwise -> pointwise -> normalization are repeated."""
+
+    kind: str  # "none", "pooling", "skip" or "convolution"
+    kernel_size: int = 0
+    dilation: int = 1
+    stages: int = 0
+
+
+OPERATIONS = {
+    "none": Operation("none"),
+    "max_pool_3x3": Operation("pooling", 3),
+    "avg_pool_3x3": Operation("pooling", 3),
+    "skip_connect": Operation("skip"),
+    "sep_conv_3x3": Operation("convolution", 3, 1, 2),
+    "sep_conv_5x5": Operation("convolution", 5, 1, 2),
+    "dil_conv_3x3": Operation("convolution", 3, 2, 1),
+    "dil_conv_5x5": Operation("convolution", 5, 2, 1),
+}
+
+
+class Edge(NamedTuple):
+    node: int  # 0 .. nodes - 1; its state has index node + 2
+    source: int  # 0 .. node + 1
+
+
+class Parameter(NamedTuple):
+    """Shape of a packed weight, and the fan-in of one of the convolutions in it, which its initialization needs."""
+
+    shape: tuple[int, ...]
+    fan_in: int
+
+    @property
+    def bound(self) -> float:
+        """Weights start uniform in (-bound, bound), as torch.nn.Conv2d's do."""
+        return 1 / sqrt(self.fan_in)
+
+
+def edges(nodes: int) -> tuple[Edge, ...]:
+    """All edges of a cell in edge order: two inputs and every earlier node feed a node."""
+    return tuple(Edge(node, source) for node in range(nodes) for source in range(node + 2))
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """One cell of the supernet: all that a back end may specialise on.
+
+    channels: C, channels of a node; a path reads C / partial of them.
+    input_channels: channels of the two input states before preprocessing.
+    partial: K, the number of channel slices; path p reads slice p.
+    subsets: the candidate operations of each path.
+    reduction: edges from the two inputs have stride 2.
+    factorized_input: input 0 is twice as large as input 1 and is brought down by a factorized reduction.
+    """
+
+    channels: int
+    input_channels: tuple[int, int]
+    partial: int
+    subsets: tuple[tuple[str, ...], ...]
+    nodes: int = 4
+    reduction: bool = False
+    factorized_input: bool = False
+
+    def __post_init__(self):
+        if self.channels % self.partial:
+            raise ValueError(f"{self.channels} channels cannot be cut into {self.partial} equal slices (partial={self.partial})")
+        if len(self.subsets) > self.partial:
+            raise ValueError(f"{len(self.subsets)} paths need as many slices, but partial={self.partial}")
+
+    @property
+    def slice_channels(self) -> int:
+        """Channels that one path reads, C / K."""
+        return self.channels // self.partial
+
+    @property
+    def paths(self) -> int:
+        return len(self.subsets)
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """In edge order."""
+        return edges(self.nodes)
+
+    @cached_property
+    def source_order(self) -> tuple[int, ...]:
+        """source_order[row] is the index in edge order of the edge whose weights lie in that row."""
+        return tuple(sorted(range(len(self.edges)), key=lambda e: (self.edges[e].source, self.edges[e].node)))
+
+    @cached_property
+    def rows_by_source(self) -> tuple[range, ...]:
+        """Rows of the edges that leave each state that has any: 0 .. nodes."""
+        sources = [self.edges[e].source for e in self.source_order]
+        starts = [sources.index(s) for s in range(self.nodes + 1)] + [len(sources)]
+        return tuple(range(a, b) for a, b in zip(starts, starts[1:]))
+
+    def stride(self, source: int) -> int:
+        """Stride of the edges that leave a state."""
+        return 2 if self.reduction and source < 2 else 1
+
+    @property
+    def strided_rows(self) -> int:
+        """How many edges have stride 2; they come first in source order."""
+        return self.rows_by_source[1].stop if self.reduction else 0
+
+    @cached_property
+    def operations(self) -> tuple[str, ...]:
+        """All candidate operations, path after path: the columns of alpha."""
+        return tuple(name for subset in self.subsets for name in subset)
+
+    @cached_property
+    def path_of_operation(self) -> tuple[int, ...]:
+        return tuple(p for p, subset in enumerate(self.subsets) for _ in subset)
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """Every packed weight by name. Input channels come before output channels; rows are in source order.
+
+        ``<operation>_depthwise_<stage>``: (edges, k, k, c); ``<operation>_pointwise_<stage>``: (edges, c, c).
+        ``skip_connect_even``, ``skip_connect_odd`` (reduction cells): (strided edges, c, c // 2) and (.., c - c // 2).
+        ``preprocess<i>``: (C_i, C); of a factorized reduction ``preprocess0_even``, ``preprocess0_odd``: half of C each.
+        """
+        c, rows, shapes = self.slice_channels, len(self.edges), {}
+        for i, wide in enumerate(self.input_channels):
+            if i == 0 and self.factorized_input:
+                shapes["preprocess0_even"] = Parameter((wide, self.channels // 2), wide)
+                shapes["preprocess0_odd"] = Parameter((wide, self.channels - self.channels // 2), wide)
+            else:
+                shapes[f"preprocess{i}"] = Parameter((wide, self.channels), wide)
+        for name in self.operations:
+            operation = OPERATIONS[name]
+            k = operation.kernel_size
+            for stage in range(operation.stages):
+                shapes[f"{name}_depthwise_{stage}"] = Parameter((rows, k, k, c), k * k)
+                shapes[f"{name}_pointwise_{stage}"] = Parameter((rows, c, c), c)
+            if operation.kind == "skip" and self.reduction:
+                shapes[f"{name}_even"] = Parameter((self.strided_rows, c, c // 2), c)
+                shapes[f"{name}_odd"] = Parameter((self.strided_rows, c, c - c // 2), c)
+        return shapes
+
+    @cached_property
+    def statistics(self) -> dict[str, range]:
+        """Rows of each normalization in a cell's table of running statistics, (statistics_rows, c).
+
+        ``preprocess<i>``: K rows, the slices of C channels. ``<convolution>_<stage>``: a row an edge, in source order.
+        ``<pooling>``: a row a source state, since all edges that leave it share the normalization.
+        ``skip_connect`` (reduction cells): a row for each strided edge.
+        """
+        sizes = {f"preprocess{i}": self.partial for i in range(2)}
+        for name in self.operations:
+            operation = OPERATIONS[name]
+            for stage in range(operation.stages):
+                sizes[f"{name}_{stage}"] = len(self.edges)
+            if operation.kind == "pooling":
+                sizes[name] = len(self.rows_by_source)
+            if operation.kind == "skip" and self.reduction:
+                sizes[name] = self.strided_rows
+        rows, start = {}, 0
+        for key, size in sizes.items():
+            rows[key] = range(start, start + size)
+            start += size
+        return rows
+
+    @property
+    def statistics_rows(self) -> int:
+        return max(rows.stop for rows in self.statistics.values())

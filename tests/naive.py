@@ -1,0 +1,187 @@
+"""The supernet as DARTS-style code is written: edge by edge, module by module, in PyTorch's default format.
+
+A second, independent statement of the method that the packed implementation is tested against, and what users have
+today, which benchmarks compare with. It shares nothing with ``fpdarts.kernels`` but the description of the packing, by
+which weights are copied in and gradients and statistics read out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def normalization(channels):
+    return nn.BatchNorm2d(channels, affine=False)
+
+
+def separable(c, kernel_size, stride, dilation):
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(c, c, kernel_size, stride, dilation * (kernel_size // 2), dilation, groups=c, bias=False),
+        nn.Conv2d(c, c, 1, bias=False),
+        normalization(c),
+    )
+
+
+class FactorizedReduction(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.even = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
+        self.odd = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
+        self.norm = normalization(c_out)
+
+    def forward(self, x):
+        x = F.relu(x)
+        return self.norm(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], 1))
+
+
+class Zero(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return x[:, :, :: self.stride, :: self.stride] * 0
+
+
+MODULES = {
+    "none": lambda c, s: Zero(s),
+    "max_pool_3x3": lambda c, s: nn.Sequential(nn.MaxPool2d(3, s, 1), normalization(c)),
+    "avg_pool_3x3": lambda c, s: nn.Sequential(nn.AvgPool2d(3, s, 1, count_include_pad=False), normalization(c)),
+    "skip_connect": lambda c, s: nn.Identity() if s == 1 else FactorizedReduction(c, c),
+    "sep_conv_3x3": lambda c, s: nn.Sequential(separable(c, 3, s, 1), separable(c, 3, 1, 1)),
+    "sep_conv_5x5": lambda c, s: nn.Sequential(separable(c, 5, s, 1), separable(c, 5, 1, 1)),
+    "dil_conv_3x3": lambda c, s: nn.Sequential(separable(c, 3, s, 2)),
+    "dil_conv_5x5": lambda c, s: nn.Sequential(separable(c, 5, s, 2)),
+}
+
+
+class MixedEdge(nn.Module):
+    def __init__(self, channels, partial, subsets, stride):
+        super().__init__()
+        self.partial, self.stride = partial, stride
+        c = channels // partial
+        self.paths = nn.ModuleList(nn.ModuleDict({name: MODULES[name](c, stride) for name in s}) for s in subsets)
+
+    def forward(self, x, alpha_weights, gates):
+        """alpha_weights: a sequence of weights a path; gates: a float a path."""
+        slices = x.chunk(self.partial, 1)
+        bypass = slices if self.stride == 1 else [F.max_pool2d(s, 2, 2) for s in slices]
+        total = 0
+        for p, operations in enumerate(self.paths):
+            if gates[p] == 0:
+                continue
+            mixed = sum(weight * operation(slices[p]) for weight, operation in zip(alpha_weights[p], operations.values()))
+            full = torch.cat([mixed if s == p else bypass[s] for s in range(self.partial)], 1)
+            n, channels, h, w = full.shape
+            shuffled = full.view(n, self.partial, channels // self.partial, h, w).transpose(1, 2).reshape(full.shape)
+            total = total + gates[p] * shuffled
+        return total
+
+
+class NaiveCell(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.spec = spec
+
+        def preprocess(i):
+            wide = spec.input_channels[i]
+            if i == 0 and spec.factorized_input:
+                return FactorizedReduction(wide, spec.channels)
+            return nn.Sequential(nn.ReLU(), nn.Conv2d(wide, spec.channels, 1, bias=False), normalization(spec.channels))
+
+        self.preprocess = nn.ModuleList([preprocess(0), preprocess(1)])
+        self.edges = nn.ModuleList(
+            MixedEdge(spec.channels, spec.partial, spec.subsets, spec.stride(edge.source)) for edge in spec.edges
+        )
+
+    def forward(self, inputs, alpha, beta, gates):
+        states = [module(x) for module, x in zip(self.preprocess, inputs)]
+        sizes = [len(subset) for subset in self.spec.subsets]
+        for node in range(self.spec.nodes):
+            total = 0
+            for e, edge in enumerate(self.spec.edges):
+                if edge.node == node:
+                    total = total + beta[e] * self.edges[e](states[edge.source], alpha[e].split(sizes), gates[e])
+            states.append(total)
+        return torch.cat(states[2:], 1)
+
+    def correspondence(self):
+        """(name and row of a packed weight, the module's weight, its packed view); row None means the whole."""
+
+        def pointwise(name, row, convolution):
+            return name, row, convolution.weight, lambda w: w.flatten(1).t()
+
+        for i, module in enumerate(self.preprocess):
+            if isinstance(module, FactorizedReduction):
+                yield pointwise(f"preprocess{i}_even", None, module.even)
+                yield pointwise(f"preprocess{i}_odd", None, module.odd)
+            else:
+                yield pointwise(f"preprocess{i}", None, module[1])
+        for row, e in enumerate(self.spec.source_order):
+            for operations in self.edges[e].paths:
+                for name, module in operations.items():
+                    if isinstance(module, FactorizedReduction):
+                        yield pointwise(f"{name}_even", row, module.even)
+                        yield pointwise(f"{name}_odd", row, module.odd)
+                    elif "conv" in name:
+                        for i, stage in enumerate(module):
+                            yield f"{name}_depthwise_{i}", row, stage[1].weight, lambda w: w.squeeze(1).permute(1, 2, 0)
+                            yield pointwise(f"{name}_pointwise_{i}", row, stage[2])
+
+    def statistics(self):
+        """(row of the packed table, normalization, open by which (edge, path); None: always)."""
+        rows, spec = self.spec.statistics, self.spec
+        for row, e in enumerate(spec.source_order):
+            for p, operations in enumerate(self.edges[e].paths):
+                for name, module in operations.items():
+                    if isinstance(module, FactorizedReduction):
+                        yield rows[name][row], module.norm, (e, p)
+                    elif "conv" in name:
+                        for i, stage in enumerate(module):
+                            yield rows[f"{name}_{i}"][row], stage[3], (e, p)
+                    elif "pool" in name:
+                        yield rows[name][spec.edges[e].source], module[1], (e, p)
+
+
+class NaiveSuperNet(nn.Module):
+    """Same numbers as a given SuperNet, whose weights it copies."""
+
+    def __init__(self, supernet):
+        super().__init__()
+        self.stem, self.classifier = _copy(supernet.stem), _copy(supernet.classifier)
+        self.cells = nn.ModuleList(NaiveCell(cell.spec) for cell in supernet.cells)
+        for name in ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"):
+            self.register_parameter(name, nn.Parameter(getattr(supernet, name).detach().clone()))
+        self.to(supernet.alpha_normal)
+        with torch.no_grad():
+            for cell, packed in zip(self.cells, supernet.cells):
+                for name, row, weight, view in cell.correspondence():
+                    source = getattr(packed, name)
+                    view(weight).copy_(source if row is None else source[row])
+
+    def forward(self, images, gates):
+        first = self.stem[0](images)
+        states = first, self.stem[1](first)
+        for cell, cell_gates in zip(self.cells, gates.tolist()):
+            kind = "reduce" if cell.spec.reduction else "normal"
+            alpha, beta = getattr(self, f"alpha_{kind}").sigmoid(), getattr(self, f"beta_{kind}").sigmoid()
+            states = states[1], cell(states, alpha, beta, cell_gates)
+        return self.classifier(F.adaptive_avg_pool2d(states[1], 1).flatten(1))
+
+    def packed_gradients(self):
+        """Gradients under the SuperNet's parameter names, in its shapes; zero where there is none."""
+        gradients = {name: p.grad for name, p in self.named_parameters() if not name.startswith("cells.")}
+        for i, cell in enumerate(self.cells):
+            for name, row, weight, view in cell.correspondence():
+                gradient = view(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+                gradients.setdefault(f"cells.{i}.{name}", []).append(gradient)
+                if row is None:
+                    gradients[f"cells.{i}.{name}"] = gradient
+        return {name: torch.stack(g) if isinstance(g, list) else g for name, g in gradients.items()}
+
+
+def _copy(module):
+    from copy import deepcopy
+
+    return deepcopy(module)
