@@ -1,0 +1,119 @@
+"""The architecture half of the bilevel search: a step of alpha and beta on held-out images."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from fpdarts.supernet import SuperNet
+
+Batch = tuple[Tensor, Tensor]  # images (N, 3, H, W), labels (N,)
+
+
+class Architect:
+    """Updates alpha and beta of a supernet.
+
+    model: the supernet. optimizer: over ``model.architecture_parameters()``.
+    loss: of (logits, labels), a scalar.
+    clip: largest norm of the architecture gradient; None for no clipping.
+    weight_optimizer: the SGD of the weights, whose learning rate, momentum and weight decay a virtual step uses; with
+        it the gradient is of second order (unrolled), without it of first order.
+    step_size: r of the finite difference R = r / ||v||. 0.01 is the published choice; on a network with ReLU and
+        max-pooling its gradient is several times off, and a smaller one is closer to the truth in float64.
+    autocast: wraps every forward; makes the context of mixed precision.
+    """
+
+    def __init__(
+        self,
+        model: SuperNet,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        clip: float | None = None,
+        weight_optimizer: torch.optim.SGD | None = None,
+        step_size: float = 0.01,
+        autocast: Callable | None = None,
+    ):
+        self.model, self.optimizer, self.loss, self.clip = model, optimizer, loss, clip
+        self.weight_optimizer, self.step_size = weight_optimizer, step_size
+        self.autocast = autocast or (lambda: torch.autocast(next(model.parameters()).device.type, enabled=False))
+
+    def step(self, validation: Batch, gates: Tensor, train: Batch | None = None) -> tuple[Tensor, Tensor]:
+        """One update from a batch of the architecture half; unrolled, also from one of the weight half.
+
+        One gate sample serves all passes of a step, and running statistics move once, with the validation pass.
+        Returns (loss, logits) on the validation batch, detached.
+        """
+        if self.weight_optimizer is None:
+            gradients, loss, logits = self._first_order(validation, gates)
+        elif train is None:
+            raise ValueError("an unrolled architecture step needs a batch of the weight half as well")
+        else:
+            gradients, loss, logits = self._second_order(validation, train, gates)
+        parameters = self.model.architecture_parameters()
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.optimizer.step()
+        return loss, logits
+
+    def gradient(self, validation: Batch, gates: Tensor, train: Batch | None = None) -> list[Tensor]:
+        """The gradient of a step for alpha_normal, alpha_reduce, beta_normal, beta_reduce, without the update."""
+        order = self._first_order(validation, gates) if train is None else self._second_order(validation, train, gates)
+        return order[0]
+
+    def _first_order(self, validation, gates):
+        for weight in self.model.weight_parameters():
+            weight.requires_grad_(False)  # no back end computes what nobody asks for
+        try:
+            with self.autocast():
+                logits = self.model(validation[0], gates)
+                loss = self.loss(logits, validation[1])
+            gradients = torch.autograd.grad(loss, self.model.architecture_parameters(), materialize_grads=True)
+        finally:
+            for weight in self.model.weight_parameters():
+                weight.requires_grad_(True)
+        return list(gradients), loss.detach(), logits.detach()
+
+    def _second_order(self, validation, train, gates):
+        """d/d alpha of L_val(w - eta * dL_train/dw, alpha); the mixed derivative by a central difference (DARTS, eq. 8)."""
+        architecture = self.model.architecture_parameters()
+        weights = {n: p for n, p in self.model.named_parameters() if not n.startswith(("alpha_", "beta_"))}
+        names, current = list(weights), list(weights.values())
+        (group,) = self.weight_optimizer.param_groups
+        eta, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+
+        gradients = torch.autograd.grad(
+            self._loss_at(weights, train, gates)[0], current, materialize_grads=True
+        )
+        virtual = {}
+        for name, weight, gradient in zip(names, current, gradients):
+            update = gradient + decay * weight.detach()
+            buffer = self.weight_optimizer.state[weight].get("momentum_buffer")  # none before the first weight step
+            if buffer is not None:
+                update = update + momentum * buffer
+            virtual[name] = (weight.detach() - eta * update).requires_grad_()
+
+        loss, logits = self._loss_at(virtual, validation, gates, track_statistics=True)
+        direct = torch.autograd.grad(loss, [*architecture, *virtual.values()], materialize_grads=True)
+        direct, v = direct[: len(architecture)], direct[len(architecture) :]
+
+        norm = torch.stack(torch._foreach_norm(v)).norm()
+        r = self.step_size / norm if norm > 0 else norm  # v = 0: the virtual step moves nothing, nor does alpha by it
+        if norm > 0:
+            shifted = []
+            for sign in (1, -1):
+                moved = {n: w.detach() + sign * r * d for n, w, d in zip(names, current, v)}
+                shifted.append(
+                    torch.autograd.grad(self._loss_at(moved, train, gates)[0], architecture, materialize_grads=True)
+                )
+            direct = [d - eta * (plus - minus) / (2 * r) for d, plus, minus in zip(direct, *shifted)]
+        return list(direct), loss.detach(), logits.detach()
+
+    def _loss_at(self, weights, batch, gates, track_statistics=False):
+        """Loss and logits with these weights; on clones of the running statistics unless they are to move."""
+        buffers = {} if track_statistics else {name: b.clone() for name, b in self.model.named_buffers()}
+        with self.autocast():
+            logits = functional_call(self.model, {**weights, **buffers}, (batch[0], gates))
+            return self.loss(logits, batch[1]), logits

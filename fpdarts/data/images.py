@@ -1,0 +1,107 @@
+"""The types that the other files of this package pass on: a set of labelled images, and a data set of two such sets."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Mean and standard deviation of each channel over the training images, with pixels in 0..1.
+NORMALIZATION = {
+    "digits": ((0.3054,) * 3, (0.3760,) * 3),
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+PROTOCOLS = tuple(NORMALIZATION)
+
+
+class DataError(ValueError):
+    """The data cannot be used as it is. The message names the file, class or field, and says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images, either resident (pixels) or files that are decoded when they are needed (paths).
+
+    labels: (n,) int64. pixels: (n, 3, H, H) uint8, channels_last, or None. paths: n file names, or None.
+    """
+
+    labels: Tensor
+    pixels: Tensor | None = None
+    paths: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if (self.pixels is None) == (self.paths is None):
+            raise ValueError("Images: give either pixels or paths")
+        if len(self.labels) != len(self.paths if self.pixels is None else self.pixels):
+            raise ValueError("Images: as many labels as images are needed")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices) -> "Images":
+        """The images at `indices` (a sequence or an int64 tensor), in that order."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        if self.pixels is None:
+            return Images(self.labels[indices], paths=tuple(self.paths[i] for i in indices.tolist()))
+        return Images(self.labels[indices], self.pixels[indices])
+
+    def limited(self, count: int) -> "Images":
+        """`count` images, as evenly over the classes as their sizes allow: the first of each class, order kept.
+
+        All images if there are no more than `count`. Raises DataError if `count` is less than the number of classes.
+        """
+        classes = len(self.labels.unique())
+        if count < classes:
+            raise DataError(
+                f"a limit of {count} images is too small for {classes} classes: set it to {classes} or more"
+            )
+        by_class = self.labels.argsort(stable=True)
+        sizes = self.labels.bincount()
+        first = sizes.cumsum(0) - sizes
+        rank = torch.empty_like(self.labels)  # an image's place within its class
+        rank[by_class] = torch.arange(len(self)) - first[self.labels[by_class]]
+        # All the first images come first, then all the second ones, ...: any prefix of this order is balanced.
+        balanced = by_class[rank[by_class].argsort(stable=True)]
+        return self.subset(balanced[:count].sort().values)
+
+    def split(self, fraction: float, seed: int) -> tuple["Images", "Images"]:
+        """A random partition, balanced over the classes to within one image; the first part holds `fraction` of all.
+
+        A pure function of the images, `fraction` and `seed`. Raises DataError if a part would be empty.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
+        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        shuffled = shuffled[self.labels[shuffled].argsort(stable=True)]  # class by class, random within a class
+        # Every (1 / fraction)-th image of that order: each class gives its share, and so does the whole.
+        quota = (torch.arange(len(self) + 1, dtype=torch.float64) * fraction + 1e-9).floor()  # 0.29 * 100 is 28.999...
+        chosen = quota.diff() > 0
+        if not 0 < chosen.sum() < len(self):
+            raise DataError(
+                f"{len(self)} images cannot be divided at {fraction}: one part would be empty; use more images"
+            )
+        return self.subset(shuffled[chosen].sort().values), self.subset(shuffled[~chosen].sort().values)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set for classification.
+
+    source: "digits" or the path as given. protocol: "digits", "cifar" or "imagenet"; it decides normalization and
+    augmentation. classes: the name of each label. image_size: side of the square images that the network sees.
+    """
+
+    source: str
+    protocol: str
+    classes: tuple[str, ...]
+    train: Images
+    test: Images
+    image_size: int
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        return NORMALIZATION[self.protocol][0]
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return NORMALIZATION[self.protocol][1]

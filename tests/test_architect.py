@@ -1,0 +1,107 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fpdarts import Architect, GateSampler, SuperNet
+
+LR, MOMENTUM, DECAY = 0.1, 0.9, 3e-4
+
+
+@pytest.fixture
+def setting():
+    """A small float64 supernet after two weight steps, with momentum in its optimizer, and two batches."""
+    torch.manual_seed(0)
+    model = SuperNet(4, 4, cells=3, nodes=2).double()
+    with torch.no_grad():
+        for parameter in model.architecture_parameters():
+            parameter.normal_()
+    batches = [(torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(4, (6,))) for _ in range(2)]
+    gates = GateSampler(*model.gate_shape, seed=5).sample()
+    sgd = torch.optim.SGD(model.weight_parameters(), LR, MOMENTUM, weight_decay=DECAY)
+    for _ in range(2):
+        sgd.zero_grad()
+        F.cross_entropy(model(batches[0][0], gates), batches[0][1]).backward()
+        sgd.step()
+    return model, sgd, batches, gates
+
+
+def adam(model):
+    return torch.optim.Adam(model.architecture_parameters(), 6e-4, (0.5, 0.999), weight_decay=1e-3)
+
+
+def unrolled_loss(model, sgd, train, validation, gates, index, shift):
+    """L_val after a real optimizer step, with one architecture parameter shifted: what second order differentiates."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.architecture_parameters()[index].add_(shift)
+    optimizer = torch.optim.SGD(model.weight_parameters(), LR, MOMENTUM, weight_decay=DECAY)
+    optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    optimizer.zero_grad()
+    F.cross_entropy(model(train[0], gates), train[1]).backward()
+    optimizer.step()
+    with torch.no_grad():
+        return F.cross_entropy(model(validation[0], gates), validation[1])
+
+
+@pytest.mark.parametrize("index, name", list(enumerate(("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"))))
+def test_second_order_gradient_equals_finite_differences(setting, index, name):
+    model, sgd, (train, validation), gates = setting
+    architect = Architect(model, adam(model), F.cross_entropy, weight_optimizer=sgd, step_size=1e-6)
+    gradient = architect.gradient(validation, gates, train)[index]
+    direction = torch.randn_like(gradient)
+    h = 1e-6
+    losses = [unrolled_loss(model, sgd, train, validation, gates, index, s * h * direction) for s in (1, -1)]
+    expected, actual = (losses[0] - losses[1]) / (2 * h), (gradient * direction).sum()
+    # float64 rounding of the loss over the step is 1e-10; measured agreement is about 1e-8
+    assert abs(actual - expected) <= 1e-6 * abs(expected), f"d_{name}: {actual} against {expected}"
+    first_order = (architect.gradient(validation, gates)[index] * direction).sum()
+    assert abs(first_order - expected) > 1e-2 * abs(expected), "the case must tell second order from first"
+
+
+def test_first_order_gradient_equals_autograd(setting):
+    model, _, (_, validation), gates = setting
+    gradients = Architect(model, adam(model), F.cross_entropy).gradient(validation, gates)
+    loss = F.cross_entropy(model(validation[0], gates), validation[1])
+    expected = torch.autograd.grad(loss, model.architecture_parameters())
+    for name, ours, theirs in zip(("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"), gradients, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14, msg=lambda m: f"d_{name}: {m}")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_a_step_moves_architecture_only_and_statistics_once(setting, unrolled):
+    model, sgd, (train, validation), gates = setting
+    architect = Architect(model, adam(model), F.cross_entropy, weight_optimizer=sgd if unrolled else None)
+    weights = [p.detach().clone() for p in model.weight_parameters()]
+    momentum = [sgd.state[p]["momentum_buffer"].clone() for p in model.weight_parameters()]
+    alpha = model.alpha_normal.detach().clone()
+    counted = model.stem[0][1].num_batches_tracked.item()
+    architect.step(validation, gates, train)
+    for parameter, before in zip(model.weight_parameters(), weights):
+        assert torch.equal(parameter, before)
+    for parameter, before in zip(model.weight_parameters(), momentum):
+        assert torch.equal(sgd.state[parameter]["momentum_buffer"], before)
+    assert not torch.equal(model.alpha_normal, alpha)
+    assert model.stem[0][1].num_batches_tracked.item() == counted + 1
+
+
+def test_none_gets_no_gradient(setting):
+    model, _, (_, validation), gates = setting
+    column = model.cells[0].spec.operations.index("none")
+    gradients = Architect(model, adam(model), F.cross_entropy).gradient(validation, gates)
+    assert not gradients[0][:, column].any() and not gradients[1][:, column].any()
+
+
+def test_clip_bounds_the_norm(setting):
+    model, _, (_, validation), gates = setting
+    Architect(model, adam(model), F.cross_entropy, clip=1e-3).step(validation, gates)
+    norm = torch.stack([p.grad.norm() for p in model.architecture_parameters()]).norm()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_unrolled_without_a_training_batch_is_an_error(setting):
+    model, sgd, (_, validation), gates = setting
+    with pytest.raises(ValueError, match="weight half"):
+        Architect(model, adam(model), F.cross_entropy, weight_optimizer=sgd).step(validation, gates)
