@@ -1,0 +1,277 @@
+"""The derived network: a genotype's cells stacked, to be trained from scratch.
+
+From top to bottom: the operations, the cell, stems and auxiliary head, the network.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fpdarts.genotype import Genotype
+from fpdarts.kernels.spec import OPERATIONS
+from fpdarts.space import reduction_cells
+
+STEMS = ("cifar", "imagenet")
+
+
+class ReLUConvBN(nn.Sequential):
+    """ReLU, 1x1 convolution, batch normalization: brings an input state to the cell's channels."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(nn.ReLU(), nn.Conv2d(channels_in, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out))
+
+
+class SeparableConv(nn.Sequential):
+    """ReLU, depthwise and pointwise convolution, batch normalization; once or twice. Only the first one strides."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int, stages: int, stride: int):
+        layers = []
+        for stage in range(stages):
+            layers += [
+                nn.ReLU(),
+                nn.Conv2d(
+                    channels,
+                    channels,
+                    kernel_size,
+                    stride=stride if stage == 0 else 1,
+                    padding=dilation * (kernel_size - 1) // 2,
+                    dilation=dilation,
+                    groups=channels,
+                    bias=False,
+                ),
+                nn.Conv2d(channels, channels, 1, bias=False),
+                nn.BatchNorm2d(channels),
+            ]
+        super().__init__(*layers)
+
+
+def _check_even(x: Tensor) -> None:
+    height, width = x.shape[2:]
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"a map of {height}x{width} is to be halved, but halving needs even sizes; choose an image size that "
+            "stays even until the last reduction cell, such as a multiple of 4 (CIFAR stem) or of 32 (ImageNet stem)"
+        )
+
+
+class FactorizedReduction(nn.Module):
+    """Halve the resolution without losing three pixels of four: one half of the channels reads the even pixels, the
+    other half the odd ones. Raises ValueError for an odd height or width, where the halves would not match."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        half = channels_out // 2
+        self.even = nn.Conv2d(channels_in, half, 1, stride=2, bias=False)
+        self.odd = nn.Conv2d(channels_in, channels_out - half, 1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_even(x)
+        x = torch.relu(x)
+        return self.norm(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], dim=1))
+
+
+def make_operation(name: str, channels: int, stride: int) -> nn.Module:
+    """(N, C, H, W) -> (N, C, H / stride, W / stride). Poolings are not normalized here, unlike in the search."""
+    operation = OPERATIONS[name]
+    if name == "max_pool_3x3":
+        return nn.MaxPool2d(3, stride=stride, padding=1)
+    if name == "avg_pool_3x3":
+        return nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False)
+    if name == "skip_connect":
+        return nn.Identity() if stride == 1 else FactorizedReduction(channels, channels)
+    return SeparableConv(channels, operation.kernel_size, operation.dilation, operation.stages, stride)
+
+
+class Cell(nn.Module):
+    """One cell: two input states, nodes that each add two operations, and the concatenation of the nodes as output.
+
+    channels_before, channels_previous: of states 0 and 1, the outputs of the two cells before.
+    reduction: edges from the two input states have stride 2.
+    previous_reduces: state 0 is twice as large as state 1, and is brought down by a factorized reduction.
+    """
+
+    def __init__(self, genotype: Genotype, channels_before: int, channels_previous: int, channels: int,
+                 reduction: bool, previous_reduces: bool):
+        super().__init__()
+        edges = genotype.reduce if reduction else genotype.normal
+        self.reduction = reduction
+        self.concat = genotype.reduce_concat if reduction else genotype.normal_concat
+        self.sources = tuple(source for _, source in edges)
+        self.channels_out = channels * len(self.concat)
+
+        shrink = FactorizedReduction if previous_reduces else ReLUConvBN
+        self.preprocess0 = shrink(channels_before, channels)
+        self.preprocess1 = ReLUConvBN(channels_previous, channels)
+        self.operations = nn.ModuleList(
+            make_operation(name, channels, stride=2 if reduction and source < 2 else 1) for name, source in edges
+        )
+
+    def forward(self, before: Tensor, previous: Tensor, path_scales: Tensor | None = None) -> Tensor:
+        """path_scales: (edges, N, 1, 1, 1), what drop-path multiplies each edge's samples by; None drops nothing."""
+        states = [self.preprocess0(before), self.preprocess1(previous)]
+        if self.reduction:
+            _check_even(states[0])
+        for first in range(0, len(self.operations), 2):
+            left, right = (self._edge(edge, states, path_scales) for edge in (first, first + 1))
+            states.append(left + right)
+        return torch.cat([states[state] for state in self.concat], dim=1)
+
+    def _edge(self, edge: int, states: list[Tensor], path_scales: Tensor | None) -> Tensor:
+        operation = self.operations[edge]
+        out = operation(states[self.sources[edge]])
+        if path_scales is None or isinstance(operation, nn.Identity):  # a dropped identity would cut the gradient's way
+            return out
+        return out * path_scales[edge].to(out.dtype)
+
+
+class CifarStem(nn.Sequential):
+    """3x3 convolution and batch normalization at full resolution; both input states of the first cell."""
+
+    def __init__(self, channels: int):
+        super().__init__(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+
+class ImageNetStem(nn.Module):
+    """Three 3x3 convolutions of stride 2. (N, 3, H, W) -> state 0 at H/4 and state 1 at H/8, both of C channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.state0 = nn.Sequential(
+            nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(),
+            nn.Conv2d(half, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.state1 = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        state0 = self.state0(images)
+        return state0, self.state1(state0)
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier two thirds up, used in training only. (N, C, 8, 8) for CIFAR, (N, C, 7, 7) for ImageNet.
+
+    Raises ValueError for a map whose pooling is not 2x2, the size that the convolution behind it expects.
+    """
+
+    def __init__(self, channels: int, num_classes: int, stem: str):
+        super().__init__()
+        self.stride = 3 if stem == "cifar" else 2
+        self.needs = "8x8, that is 32x32 images" if stem == "cifar" else "7x7, that is 224x224 images"
+        self.features = nn.Sequential(
+            nn.ReLU(),
+            nn.AvgPool2d(5, stride=self.stride),
+            nn.Conv2d(channels, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False),
+            # The published ImageNet networks have none here, and parameter counts are compared with theirs.
+            nn.BatchNorm2d(768) if stem == "cifar" else nn.Identity(),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(768, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if any((size - 5) // self.stride + 1 != 2 for size in (height, width)):
+            raise ValueError(
+                f"the auxiliary head meets a {height}x{width} map, but needs {self.needs}; "
+                "use such images, or build the network with auxiliary=False"
+            )
+        return self.classifier(self.features(x).flatten(1))
+
+
+class DerivedNetwork(nn.Module):
+    """The network that a genotype describes.
+
+    init_channels: C, channels of a node in the first cells; doubled at each of the two reduction cells.
+    stem: "cifar" (3*C channels, full resolution) or "imagenet" (C channels, an eighth of the resolution).
+    auxiliary: add the auxiliary head after cell 2 * cells // 3.
+
+    The memory format is the caller's: with images and network in torch.channels_last all maps stay in it.
+    Raises ValueError for an argument that makes no network.
+    """
+
+    def __init__(self, genotype: Genotype, num_classes: int, init_channels: int = 36, cells: int = 20,
+                 stem: str = "cifar", auxiliary: bool = True):
+        super().__init__()
+        if stem not in STEMS:
+            raise ValueError(f"unknown stem {stem!r}; the stems are: {', '.join(STEMS)}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if cells < 3:
+            raise ValueError(f"at least 3 cells are needed, a normal one and two reductions; got {cells}")
+        if init_channels < 1 or (stem == "imagenet" and init_channels % 2):
+            raise ValueError(
+                "init_channels must be positive, and even for the imagenet stem, which starts with half; "
+                f"got {init_channels}"
+            )
+
+        if stem == "cifar":
+            width = 3 * init_channels
+            self.stem = CifarStem(width)
+        else:
+            width = init_channels
+            self.stem = ImageNetStem(width)
+
+        reductions = reduction_cells(cells)
+        self.cells = nn.ModuleList()
+        before, previous, channels = width, width, init_channels
+        previous_reduces = stem == "imagenet"  # its state 0 is twice as large as state 1
+        for index in range(cells):
+            reduction = index in reductions
+            channels = channels * 2 if reduction else channels
+            cell = Cell(genotype, before, previous, channels, reduction, previous_reduces)
+            self.cells.append(cell)
+            before, previous, previous_reduces = previous, cell.channels_out, reduction
+        self.classifier = nn.Linear(previous, num_classes)
+
+        self.auxiliary_cell = 2 * cells // 3
+        self.auxiliary_head = None
+        if auxiliary:
+            self.auxiliary_head = AuxiliaryHead(self.cells[self.auxiliary_cell].channels_out, num_classes, stem)
+
+    def forward(self, images: Tensor, drop_path: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of a batch.
+
+        images: (N, 3, H, W) float. drop_path: the chance, in [0, 1), that an edge is dropped for a sample; used in
+        training only, on all edges but identities. Returns logits (N, num_classes), float32 also under autocast
+        (float64 for a float64 network); in training with an auxiliary head the pair (logits, auxiliary logits).
+
+        Raises ValueError for a drop_path out of range, an image size that does not halve evenly, or, in training, one
+        that the auxiliary head does not fit.
+        """
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+        path_scales = None
+        if self.training and drop_path > 0:
+            path_scales = self._draw_path_scales(images, 1 - drop_path)
+
+        auxiliary_logits = None
+        before = previous = self.stem(images)
+        if isinstance(self.stem, ImageNetStem):
+            before, previous = previous
+        for index, cell in enumerate(self.cells):
+            before, previous = previous, cell(before, previous, None if path_scales is None else path_scales[index])
+            if index == self.auxiliary_cell and self.auxiliary_head is not None and self.training:
+                auxiliary_logits = _at_least_float32(self.auxiliary_head(previous))
+        logits = _at_least_float32(self.classifier(previous.mean((2, 3))))
+        return logits if auxiliary_logits is None else (logits, auxiliary_logits)
+
+    def _draw_path_scales(self, images: Tensor, keep: float) -> Tensor:
+        """0 or 1 / keep for every cell, edge and sample. One draw for all: 160 small ones cost as many launches."""
+        edges = len(self.cells[0].operations)
+        shape = (len(self.cells), edges, images.shape[0], 1, 1, 1)
+        kept = torch.rand(shape, device=images.device) < keep
+        return kept / keep
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,300 @@
+"""The derived network: published sizes, shapes, drop-path, the auxiliary head."""
+
+import pytest
+import torch
+from torch import nn
+
+from fpdarts.count import count, count_genotype
+from fpdarts.genotype import PUBLISHED, Genotype
+from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork, FactorizedReduction
+
+GENOTYPE = PUBLISHED["PC_DARTS_cifar"]
+ALL_SKIP = Genotype([("skip_connect", 0), ("skip_connect", 1)], [2], [("skip_connect", 0), ("skip_connect", 1)], [2])
+# One node that sums an average pooling and an identity, to tell a dropped edge from an untouched one.
+_POOL_AND_SKIP = [("avg_pool_3x3", 0), ("skip_connect", 1)]
+POOL_AND_SKIP = Genotype(_POOL_AND_SKIP, [2], _POOL_AND_SKIP, [2])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On maps this small, threads mostly wait for one another: 10 times slower beside another busy process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(genotype=GENOTYPE, num_classes=5, init_channels=4, cells=3, **options):
+    torch.manual_seed(0)
+    return DerivedNetwork(genotype, num_classes, init_channels, cells, **options)
+
+
+# Sizes: measured by running the peers' own model code.
+
+SIZES = [
+    ("DARTS_V1", "cifar", 3_169_414, 500_987_520),
+    ("DARTS_V2", "cifar", 3_349_342, 528_359_040),
+    ("PC_DARTS_cifar", "cifar", 3_634_678, 556_670_592),
+    ("PC_DARTS_image", "cifar", 3_721_510, 570_466_944),
+    ("DARTS_V1", "imagenet", 4_510_432, 505_864_704),
+    ("DARTS_V2", "imagenet", 4_718_752, 529_911_552),
+    ("PC_DARTS_cifar", "imagenet", 5_270_560, 571_137_408),
+    ("PC_DARTS_image", "imagenet", 5_342_464, 581_627_328),
+]
+
+
+@pytest.mark.parametrize("name, stem, parameters, macs", SIZES, ids=[f"{row[0]}-{row[1]}" for row in SIZES])
+def test_sizes_are_the_published_models(name, stem, parameters, macs):
+    channels, cells = (36, 20) if stem == "cifar" else (48, 14)
+    assert count_genotype(PUBLISHED[name], stem, channels, cells) == {"parameters": parameters, "macs": macs}
+
+
+def test_count_ignores_the_auxiliary_head_and_leaves_the_network_as_it_was():
+    network = small(auxiliary=True)
+    network.cells[0].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.device("meta"):
+        alone = DerivedNetwork(GENOTYPE, 5, 4, 3, auxiliary=False)
+    assert count(network, 32) == count(alone, 32) == count_genotype(GENOTYPE, "cifar", 4, 3, num_classes=5)
+    assert network.training and not network.cells[0].training and network.cells[1].training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(not module._forward_hooks for module in network.modules())
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+@pytest.mark.parametrize("stem, size", [("cifar", 32), ("imagenet", 224)])
+def test_shapes(stem, size, auxiliary):
+    network = small(stem=stem, auxiliary=auxiliary)
+    images = torch.randn(2, 3, size, size)
+    out = network(images)
+    logits = out[0] if auxiliary else out
+    assert isinstance(out, tuple) == auxiliary
+    assert logits.shape == (2, 5) and logits.dtype == torch.float32
+    if auxiliary:
+        assert out[1].shape == (2, 5) and out[1].dtype == torch.float32
+    assert network.eval()(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("stem, shape", [("cifar", (8, 8)), ("cifar", (4, 12)), ("imagenet", (64, 32))])
+def test_other_image_sizes_without_an_auxiliary_head(stem, shape):
+    logits = small(stem=stem, auxiliary=False)(torch.randn(1, 3, *shape).expand(2, -1, -1, -1))
+    assert logits.shape == (2, 5)
+
+
+def test_cells_double_their_channels_where_they_halve_the_map():
+    network = small(cells=8, auxiliary=False).eval()
+    shapes = []
+    for cell in network.cells:
+        cell.register_forward_hook(lambda module, inputs, out: shapes.append(tuple(out.shape[1:])))
+    network(torch.randn(1, 3, 16, 16))
+    assert shapes == [(16, 16, 16)] * 2 + [(32, 8, 8)] * 3 + [(64, 4, 4)] * 3
+
+
+def test_a_concatenation_of_some_nodes_narrows_the_cells():
+    genotype = Genotype(GENOTYPE.normal, [3, 5], GENOTYPE.reduce, [4])
+    network = small(genotype, cells=4, auxiliary=False)
+    assert [cell.channels_out for cell in network.cells] == [8, 8, 16, 32]
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_every_operation_stands_where_the_genotype_says():
+    cell = Cell(GENOTYPE, 8, 8, 4, reduction=True, previous_reduces=False)
+    strides = [next((m.stride for m in op.modules() if hasattr(m, "stride"))) for op in cell.operations]
+    expected = [2 if source < 2 else 1 for _, source in GENOTYPE.reduce]
+    assert [s[0] if isinstance(s, tuple) else s for s in strides] == expected
+    assert isinstance(cell.operations[1], nn.MaxPool2d), "a pooling is not normalized in the derived network"
+
+
+def test_average_pooling_leaves_the_padding_out():
+    cell = Cell(POOL_AND_SKIP, 3, 3, 3, reduction=False, previous_reduces=False)
+    out = cell.operations[0](torch.ones(1, 3, 4, 4))
+    assert torch.equal(out, torch.ones_like(out)), "average of ones at the border"
+
+
+def test_factorized_reduction_reads_even_and_odd_pixels():
+    x = torch.randn(2, 3, 6, 4)
+    reduction = FactorizedReduction(3, 5).eval()
+    out = reduction(x)
+    assert out.shape == (2, 5, 3, 2)
+    scale = 1 / (1 + reduction.norm.eps) ** 0.5  # fresh running statistics: mean 0, variance 1
+    even = torch.einsum("nchw,oc->nohw", x.relu()[:, :, ::2, ::2], reduction.even.weight[:, :, 0, 0]) * scale
+    odd = torch.einsum("nchw,oc->nohw", x.relu()[:, :, 1::2, 1::2], reduction.odd.weight[:, :, 0, 0]) * scale
+    # float32 sums of three products: a few units in the last place.
+    torch.testing.assert_close(out[:, :2], even, rtol=1e-5, atol=1e-6, msg="even half")
+    torch.testing.assert_close(out[:, 2:], odd, rtol=1e-5, atol=1e-6, msg="odd half")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"stem": "mnist"}, "unknown stem 'mnist'; the stems are: cifar, imagenet"),
+        ({"cells": 2}, "at least 3 cells"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"init_channels": 0}, "init_channels"),
+        ({"init_channels": 5, "stem": "imagenet"}, "even for the imagenet stem.*got 5"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+    if options.get("stem") == "mnist":
+        with pytest.raises(ValueError, match=message):
+            count_genotype(GENOTYPE, "mnist", 4, 3)
+
+
+@pytest.mark.parametrize("stem, size, met", [("cifar", 9, "9x9"), ("cifar", 10, "5x5"), ("imagenet", 72, "9x9")])
+@pytest.mark.parametrize("genotype", [GENOTYPE, ALL_SKIP], ids=["convolutions", "skips"])
+def test_odd_sizes_are_named(genotype, stem, size, met):
+    with pytest.raises(ValueError, match=f"a map of {met} is to be halved, but halving needs even sizes"):
+        small(genotype, stem=stem, auxiliary=False)(torch.randn(2, 3, size, size))
+
+
+@pytest.mark.parametrize("stem, size, needs", [("cifar", 8, "8x8"), ("imagenet", 64, "7x7")])
+def test_an_auxiliary_head_that_does_not_fit(stem, size, needs):
+    network, images = small(stem=stem), torch.randn(2, 3, size, size)
+    with pytest.raises(ValueError, match=f"a 2x2 map, but needs {needs}.*auxiliary=False"):
+        network(images)
+    assert network.eval()(images).shape == (2, 5), "evaluation does without the head"
+
+
+@pytest.mark.parametrize("drop_path", [-0.1, 1.0, float("nan")])
+def test_drop_path_out_of_range(drop_path):
+    with pytest.raises(ValueError, match="drop_path must be in"):
+        small()(torch.randn(2, 3, 32, 32), drop_path)
+
+
+def test_auxiliary_heads_differ_by_the_last_normalization():
+    norms = {
+        stem: [m.num_features for m in AuxiliaryHead(16, 5, stem).modules() if isinstance(m, nn.BatchNorm2d)]
+        for stem in ("cifar", "imagenet")
+    }
+    assert norms == {"cifar": [128, 768], "imagenet": [128]}
+
+
+# Drop-path
+
+
+def test_drop_path_drops_samples_of_an_edge_and_never_an_identity():
+    cell = Cell(POOL_AND_SKIP, 3, 3, 3, reduction=False, previous_reduces=False).eval()
+    before, previous = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    pooled = cell.operations[0](cell.preprocess0(before))
+    identity = cell.preprocess1(previous)
+    scales = torch.tensor([[0.0, 2.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]).reshape(2, 4, 1, 1, 1)
+    out = cell(before, previous, scales)
+    torch.testing.assert_close(out, pooled * scales[0] + identity, rtol=0, atol=0, msg="out")
+
+
+def test_drop_path_statistics():
+    network = small(cells=20, auxiliary=False)
+    scales = network._draw_path_scales(torch.empty(500, 3, 8, 8), keep=0.7)
+    assert scales.shape == (20, 8, 500, 1, 1, 1)
+    torch.testing.assert_close(scales.unique(), torch.tensor([0.0, 1 / 0.7]), msg="values")
+    # 80,000 draws: the mean's standard deviation is 0.0023; five of them.
+    assert abs(scales.mean().item() - 1) < 0.012, "the expectation is kept"
+    per_edge = scales.mean(dim=2).flatten()
+    assert per_edge.std() > 0.01, "edges are drawn independently"
+    assert scales.mean(dim=(0, 1)).std() > 0.01, "samples are drawn independently"
+
+
+def test_drop_path_acts_in_training_only():
+    network, images = small(auxiliary=False), torch.randn(4, 3, 8, 8)
+    whole, dropped = network(images), network(images, 0.5)
+    assert not torch.allclose(whole, dropped), "training"
+    network.eval()
+    assert torch.equal(network(images), network(images, 0.5)), "evaluation"
+
+
+def test_no_drop_path_draws_nothing():
+    network, images = small(auxiliary=False), torch.randn(4, 3, 8, 8)
+    state = torch.get_rng_state()
+    network(images, 0.0)
+    assert torch.equal(torch.get_rng_state(), state), "random state"
+
+
+# Training
+
+
+@pytest.mark.parametrize("stem, size", [("cifar", 32), ("imagenet", 224)])
+@pytest.mark.parametrize("name", ["PC_DARTS_cifar", "DARTS_V2"])
+def test_gradient_reaches_every_parameter(name, stem, size):
+    network = small(PUBLISHED[name], stem=stem)
+    logits, auxiliary_logits = network(torch.randn(2, 3, size, size))
+    (logits.square().sum() + 0.4 * auxiliary_logits.square().sum()).backward()
+    for parameter_name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().max() > 0, parameter_name
+
+
+def test_evaluation_is_deterministic_and_keeps_the_statistics():
+    network, images = small(), torch.randn(4, 3, 32, 32)
+    network(images)
+    network.eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    first, second = network(images), network(images)
+    assert torch.equal(first, second), "logits"
+    # One sample alone gives the same logits up to the order of float32 sums.
+    torch.testing.assert_close(network(images[:1]), first[:1], rtol=1e-4, atol=1e-5, msg="N=1")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_state_dict_round_trip():
+    network, other = small(), DerivedNetwork(GENOTYPE, 5, 4, 3)
+    other.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network.eval()(images), other.eval()(images)), "logits"
+
+
+def test_channels_last_stays_and_changes_nothing():
+    network, images = small(auxiliary=False).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = network(images, 0.0)
+    assert expected.dtype == torch.float64
+    network.to(memory_format=torch.channels_last)
+    left = []
+
+    def check(module, inputs, out):
+        if out.dim() == 4 and not out.is_contiguous(memory_format=torch.channels_last):
+            left.append(type(module).__name__)
+
+    for module in network.modules():
+        if not isinstance(module, DerivedNetwork):
+            module.register_forward_hook(check)
+    logits = network(images.to(memory_format=torch.channels_last), 0.0)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9, msg="logits")  # float64, other order of sums
+    network(images.to(memory_format=torch.channels_last), 0.3)
+    assert not left
+
+
+def test_bfloat16_autocast():
+    network, images = small(), torch.randn(4, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, auxiliary_logits = network(images, 0.2)
+        loss = nn.functional.cross_entropy(logits, torch.arange(4)) + auxiliary_logits.square().mean()
+    loss.backward()
+    assert logits.dtype == auxiliary_logits.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_compiles_to_one_graph():
+    torch._dynamo.reset()
+    network, images = small(), torch.randn(2, 3, 32, 32)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
+    for epoch in range(6):
+        logits, auxiliary_logits = compiled(images, 0.1 * epoch)
+    # Without drop-path, with the first value, and one for all further values: no recompilation an epoch.
+    assert len(graphs) <= 3
+    network.eval()
+    torch.testing.assert_close(compiled(images), network(images), rtol=1e-5, atol=1e-6, msg="logits")
