@@ -1,6 +1,7 @@
 """The architecture half of the bilevel search: a step of alpha and beta on held-out images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -9,6 +10,19 @@ from torch.func import functional_call
 from fpdarts.supernet import SuperNet
 
 Batch = tuple[Tensor, Tensor]  # images (N, 3, H, W), labels (N,)
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]):
+    """Parameters whose gradient nobody asks for meanwhile, so that no back end computes it."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class Architect:
@@ -64,16 +78,11 @@ class Architect:
         return order[0]
 
     def _first_order(self, validation, gates):
-        for weight in self.model.weight_parameters():
-            weight.requires_grad_(False)  # no back end computes what nobody asks for
-        try:
+        with frozen(self.model.weight_parameters()):
             with self.autocast():
                 logits = self.model(validation[0], gates)
                 loss = self.loss(logits, validation[1])
             gradients = torch.autograd.grad(loss, self.model.architecture_parameters(), materialize_grads=True)
-        finally:
-            for weight in self.model.weight_parameters():
-                weight.requires_grad_(True)
         return list(gradients), loss.detach(), logits.detach()
 
     def _second_order(self, validation, train, gates):

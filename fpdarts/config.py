@@ -1,0 +1,223 @@
+"""What a run is made of, and each protocol's defaults. No torch here: the command's help reads this file.
+
+A field that is None takes the protocol's value once the data is known (``resolved``); config.json holds the outcome.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from fpdarts.space import DEFAULT_SUBSETS
+
+Protocol = Literal["digits", "cifar", "imagenet"]
+Kernels = Literal["auto", "reference", "native", "triton"]
+Amp = Literal["off", "bf16"]
+Stem = Literal["cifar", "imagenet"]
+
+DEFAULT_SUBSETS_TEXT = "/".join(",".join(subset) for subset in DEFAULT_SUBSETS)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What search and retraining share."""
+
+    data: str = "digits"
+    """digits (built in), or the path of CIFAR-10, CIFAR-100 or an image folder with train/ and test/ or val/."""
+    protocol: Protocol | None = None
+    """Stem, augmentation, schedule and defaults; chosen by the data if not given."""
+    out: str | None = None
+    """Run directory, new or empty; runs/COMMAND-DATA-TIME if not given."""
+    epochs: int | None = None
+    batch_size: int | None = None
+    init_channels: int | None = None
+    """C, channels of the first cell."""
+    cells: int | None = None
+    learning_rate: float | None = None
+    """Of the weights, at its highest."""
+    weight_decay: float | None = None
+    """Of the weights."""
+    momentum: float = 0.9
+    gradient_clip: float = 5.0
+    """Largest norm of the weights' gradient."""
+    image_size: int | None = None
+    """Side of the images in pixels, protocol imagenet only (224)."""
+    limit: int | None = None
+    """Use this many training images, balanced over the classes."""
+    seed: int = 0
+    """Of everything random: initialization, split, order, augmentation, gates, drop-path."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    amp: Amp | None = None
+    """Mixed precision: bf16 on CUDA and off elsewhere if not given."""
+    workers: int = 2
+    """Processes that decode image files; images in memory need none."""
+    resume: bool = False
+    """Continue the run in --out exactly where its last checkpoint was written."""
+    json: bool = False
+    """Print the result as JSON on standard output; progress goes to standard error."""
+
+
+@dataclass(frozen=True)
+class SearchConfig(RunConfig):
+    """Search for a genotype."""
+
+    partial: int = 2
+    """K: a path reads 1/K of the channels."""
+    nodes: int = 4
+    """Intermediate nodes of a cell."""
+    subsets: str = DEFAULT_SUBSETS_TEXT
+    """Candidate operations of each path: commas between operations, a slash between paths."""
+    weighting: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What makes weights of alpha and beta."""
+    gates: Literal["step", "fixed", "both"] = "step"
+    """Open paths: drawn for every step, drawn once, or always both."""
+    kernels: Kernels = "auto"
+    unrolled: bool = False
+    """Second-order architecture gradient."""
+    unrolled_step_size: float = 0.01
+    """r of its finite difference R = r / ||v||."""
+    architecture_learning_rate: float | None = None
+    architecture_weight_decay: float = 1e-3
+    architecture_clip: float | None = None
+    """Largest norm of the architecture gradient; 0 for no clipping."""
+    architecture_from: int | None = None
+    """First epoch with architecture steps (counted from 0)."""
+    weight_fraction: float | None = None
+    """Part of the training images that trains the weights."""
+    architecture_fraction: float | None = None
+    """Part of the training images that trains the architecture and validates."""
+    validate_every: int = 1
+    """Validate every so many epochs, and after the last one."""
+
+
+@dataclass(frozen=True)
+class RetrainConfig(RunConfig):
+    """Train the network that a genotype describes, and test it once, at the end."""
+
+    genotype: str = "PC_DARTS_cifar"
+    """A published genotype's name, a genotype file, or the directory of a search."""
+    auxiliary_weight: float | None = None
+    """Weight of the auxiliary head's loss; 0 for no head."""
+    drop_path: float | None = None
+    """Probability at the end of training; it grows linearly from 0."""
+    label_smoothing: float | None = None
+    cutout: int | None = None
+    """Side of the square that is cut out of every image, protocol cifar only; 0 for none."""
+    holdout: float = 0.0
+    """Part of the training images kept for validation; the test set is read once, at the end."""
+    validate_every: int = 1
+    """With --holdout: validate every so many epochs, and after the last one."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Test a retrained network."""
+
+    run: str
+    """Run directory of a retraining."""
+    data: str | None = None
+    """What to test on; the run's own data if not given."""
+    limit: int | None = None
+    """Use this many test images, balanced over the classes."""
+    batch_size: int | None = None
+    device: str = "auto"
+    amp: Amp | None = None
+    workers: int = 2
+    json: bool = False
+    """Print the result as JSON."""
+
+
+SEARCH_DEFAULTS = {
+    "digits": dict(
+        epochs=25, batch_size=64, init_channels=8, cells=5, learning_rate=0.1, weight_decay=3e-4,
+        architecture_learning_rate=6e-3, architecture_clip=0.0, weight_fraction=0.5, architecture_fraction=0.5,
+    ),
+    "cifar": dict(
+        epochs=50, batch_size=256, init_channels=16, cells=8, learning_rate=0.1, weight_decay=3e-4,
+        architecture_learning_rate=6e-4, architecture_clip=0.0, weight_fraction=0.5, architecture_fraction=0.5,
+    ),
+    "imagenet": dict(
+        epochs=50, batch_size=1024, init_channels=16, cells=8, learning_rate=0.5, weight_decay=3e-4,
+        architecture_learning_rate=6e-3, architecture_clip=5.0, weight_fraction=0.10, architecture_fraction=0.025,
+    ),
+}  # fmt: skip
+# Share of the epochs that pass before the first architecture step: 15 of 50, and 35 of 50 on ImageNet.
+ARCHITECTURE_START = {"digits": 0.3, "cifar": 0.3, "imagenet": 0.7}
+
+RETRAIN_DEFAULTS = {
+    "digits": dict(
+        epochs=25, batch_size=64, init_channels=8, cells=5, learning_rate=0.1, weight_decay=3e-4,
+        auxiliary_weight=0.0, drop_path=0.0, label_smoothing=0.0, cutout=0,
+    ),
+    "cifar": dict(
+        epochs=600, batch_size=96, init_channels=36, cells=20, learning_rate=0.025, weight_decay=3e-4,
+        auxiliary_weight=0.4, drop_path=0.3, label_smoothing=0.0, cutout=16,
+    ),
+    "imagenet": dict(
+        epochs=250, batch_size=1024, init_channels=48, cells=14, learning_rate=0.5, weight_decay=3e-5,
+        auxiliary_weight=0.4, drop_path=0.0, label_smoothing=0.1, cutout=0,
+    ),
+}  # fmt: skip
+
+
+def stem_of(protocol: str) -> str:
+    return "imagenet" if protocol == "imagenet" else "cifar"
+
+
+def resolved(config: SearchConfig | RetrainConfig, protocol: str) -> SearchConfig | RetrainConfig:
+    """The configuration with every open field set to the protocol's default.
+
+    Raises ValueError, naming the field, for a value out of its range.
+    """
+    searching = isinstance(config, SearchConfig)
+    defaults = (SEARCH_DEFAULTS if searching else RETRAIN_DEFAULTS)[protocol]
+    config = replace(config, protocol=protocol, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+    if searching and config.architecture_from is None:
+        config = replace(config, architecture_from=round(config.epochs * ARCHITECTURE_START[protocol]))
+    _check(config)
+    return config
+
+
+def _check(config):
+    def require(fine: bool, field: str, what: str):
+        if not fine:
+            raise ValueError(f"--{field.replace('_', '-')} must be {what}, not {getattr(config, field)}")
+
+    for field in ("epochs", "batch_size", "init_channels", "cells", "validate_every"):
+        require(getattr(config, field) >= 1, field, "at least 1")
+    for field in ("learning_rate", "gradient_clip"):
+        require(getattr(config, field) > 0, field, "positive")
+    for field in ("weight_decay", "momentum", "workers", "seed"):
+        require(getattr(config, field) >= 0, field, "at least 0")
+    if isinstance(config, SearchConfig):
+        for field in ("weight_fraction", "architecture_fraction"):
+            require(0 < getattr(config, field) < 1, field, "between 0 and 1")
+        together = config.weight_fraction + config.architecture_fraction
+        require(together < 1 + 1e-9, "architecture_fraction", f"at most 1 - {config.weight_fraction} (--weight-fraction)")
+        require(config.architecture_from >= 0, "architecture_from", "at least 0")
+        require(config.unrolled_step_size > 0, "unrolled_step_size", "positive")
+    else:
+        require(0 <= config.drop_path < 1, "drop_path", "at least 0 and below 1")
+        require(0 <= config.holdout < 1, "holdout", "at least 0 and below 1")
+        require(0 <= config.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
+
+
+def learning_rate(config: SearchConfig | RetrainConfig, epoch: int) -> float:
+    """Of the weights in an epoch, 0-based: a cosine, or on ImageNet a warm-up followed by a cosine (search) or a line."""
+    epochs, highest = config.epochs, config.learning_rate
+    cosine = highest * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if config.protocol != "imagenet":
+        return cosine
+    few = min(5, epochs // 10)  # the protocol's 5 epochs of warm-up and, retraining, of slow end
+    if epoch < few:
+        return highest * (epoch + 1) / few
+    if isinstance(config, SearchConfig):
+        return cosine
+    if epoch < epochs - few:
+        return highest * (epochs - few - epoch) / (epochs - few)
+    return highest * (epochs - epoch) / ((epochs - few) * max(few, 1))
+
+
+def as_dict(config) -> dict:
+    """What config.json holds: every field but those that say how the command was called."""
+    return {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "json")}

@@ -1,0 +1,182 @@
+"""The run directory: configuration, metrics, genotype and checkpoints, each written whole or not at all.
+
+    config.json      command, version and the resolved configuration
+    metrics.jsonl    an object an epoch
+    genotype.json    of a search: rewritten each epoch; of a retraining: what is trained
+    result.json      the end of the run
+    checkpoints/     epoch-0000.pt, ...: the newest and the one before it
+    tensorboard/     the same metrics, for plots
+"""
+
+import json
+import os
+import pickle
+import random
+import re
+import sys
+import tempfile
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+
+class RunError(RuntimeError):
+    """A run directory cannot be used as asked; the message names it and says what to do."""
+
+
+@contextmanager
+def _replacing(path: Path):
+    """A binary file that takes the place of ``path`` when all of it is on disk, and never in part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def default_directory(command: str, data: str) -> Path:
+    return Path("runs") / f"{command}-{Path(data).name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+class Run:
+    """One run directory, open for writing. ``Run.create`` starts a new one, ``Run.resume`` goes on with another."""
+
+    def __init__(self, path: Path, metrics: list[dict]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.metrics = path, metrics
+        (path / "checkpoints").mkdir(exist_ok=True)
+        self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=len(metrics))
+
+    @classmethod
+    def create(cls, path: Path, command: str, config: dict) -> "Run":
+        """Raises RunError if the directory holds anything."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(
+                f"{path} is not an empty directory: a run never overwrites another; choose a new --out, or add --resume"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, [])
+        run.write_json("config.json", {"command": command, "version": version(), **config})
+        return run
+
+    @classmethod
+    def resume(cls, path: Path) -> tuple["Run", dict | None]:
+        """The run and its newest readable checkpoint; None if it was stopped before the first one."""
+        path = Path(path)
+        checkpoint = load_checkpoint(path, missing_ok=True)
+        done = 0 if checkpoint is None else checkpoint["epoch"] + 1
+        metrics = read_metrics(path)
+        if len(metrics) < done:
+            raise RunError(f"{path / 'metrics.jsonl'} has {len(metrics)} epochs, the checkpoint {done}: lines are missing")
+        return cls(path, metrics[:done]), checkpoint
+
+    def write_json(self, name: str, content: dict):
+        with _replacing(self.path / name) as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+
+    def write_epoch(self, metrics: dict):
+        """Append an epoch's metrics; numbers among them go to TensorBoard too."""
+        self.metrics.append(metrics)
+        with _replacing(self.path / "metrics.jsonl") as file:
+            file.writelines((json.dumps(line) + "\n").encode() for line in self.metrics)
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and name != "epoch":
+                self._tensorboard.add_scalar(name, value, metrics["epoch"])
+        self._tensorboard.flush()
+
+    def write_checkpoint(self, epoch: int, state: dict):
+        """Save what a resumed run needs after this epoch, with the random states; the previous checkpoint stays."""
+        folder = self.path / "checkpoints"
+        with _replacing(folder / f"epoch-{epoch:04d}.pt") as file:
+            torch.save({"epoch": epoch, "random": _random_state(), **state}, file)
+        for _, old in _checkpoints(self.path)[2:]:
+            old.unlink()
+
+    def close(self):
+        self._tensorboard.close()
+
+
+def version() -> str:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("fpdarts")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "not installed"
+
+
+def read_config(path: Path, command: str) -> dict:
+    """The configuration of a run. Raises RunError if there is none, or if it is of another command."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise RunError(f"{path} holds no run: {file} is missing")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{file} is not JSON: {error}") from None
+    if config.pop("command", None) != command:
+        raise RunError(f"{path} is not the directory of a {command} run")
+    config.pop("version", None)
+    return config
+
+
+def read_metrics(path: Path) -> list[dict]:
+    file = Path(path) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _checkpoints(path: Path) -> list[tuple[int, Path]]:
+    """(epoch, file), the newest first."""
+    found = []
+    for file in (Path(path) / "checkpoints").glob("epoch-*.pt"):
+        if match := re.fullmatch(r"epoch-(\d+)\.pt", file.name):
+            found.append((int(match[1]), file))
+    return sorted(found, reverse=True)
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    return next((file for _, file in _checkpoints(path)), None)
+
+
+def load_checkpoint(path: Path, missing_ok: bool = False) -> dict | None:
+    """The newest checkpoint that can be read; says so where that is the one before the newest.
+
+    Raises RunError if there is none (None with missing_ok), or if none can be read.
+    """
+    files = _checkpoints(path)
+    if not files and missing_ok:
+        return None
+    if not files:
+        raise RunError(f"{path} holds no checkpoint yet")
+    for _, file in files:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            print(f"warning: {file} cannot be read ({error}); trying the one before it", file=sys.stderr, flush=True)
+    raise RunError(f"none of the checkpoints in {path} can be read")
+
+
+def _random_state() -> dict:
+    kind, numbers, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [kind, list(numbers), gauss]}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict):
+    torch.set_rng_state(state["torch"])
+    kind, numbers, gauss = state["python"]
+    random.setstate((kind, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,140 @@
+"""What the search, retraining and evaluation loops share: metrics, progress, mixed precision, a pass over images."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is not a number; the message names step, learning rate and last good checkpoint."""
+
+
+def select_device(name: str) -> torch.device:
+    """``auto`` is CUDA if there is one. Raises ValueError for a name that PyTorch does not know or cannot use here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def select_amp(amp: str | None, device: torch.device) -> str:
+    return amp or ("bf16" if device.type == "cuda" else "off")
+
+
+def autocast(amp: str, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+class Meter:
+    """Mean loss and accuracy of many batches, summed up on the device: nothing waits for it until it is read."""
+
+    def __init__(self, top5: bool = False):
+        self.ranks = (1, 5) if top5 else (1,)
+        self.images = 0
+        self._losses, self._sizes, self._correct = [], [], []
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor):
+        """loss: mean of the batch. logits: (N, classes). labels: (N,)."""
+        ranked = logits.detach().topk(min(self.ranks[-1], logits.shape[1]), 1).indices == labels[:, None]
+        self._correct.append(torch.stack([ranked[:, :rank].any(1).sum() for rank in self.ranks]))
+        self._losses.append(loss.detach().float())
+        self._sizes.append(len(labels))
+        self.images += len(labels)
+
+    def first_non_finite(self) -> int | None:
+        """Index of the first batch whose loss is infinite or not a number."""
+        bad = (~torch.isfinite(torch.stack(self._losses))).nonzero()
+        return int(bad[0]) if len(bad) else None
+
+    def read(self, prefix: str) -> dict[str, float]:
+        """{prefix_loss, prefix_accuracy[, prefix_top5_accuracy]}, accuracies in 0..1."""
+        sizes = torch.tensor(self._sizes, dtype=torch.float64)
+        loss = (torch.stack(self._losses).double().cpu() * sizes).sum() / self.images
+        correct = torch.stack(self._correct).sum(0).tolist()
+        names = ("accuracy", "top5_accuracy")
+        accuracies = {f"{prefix}_{name}": hits / self.images for name, hits in zip(names, correct)}
+        return {f"{prefix}_loss": loss.item(), **accuracies}
+
+
+class Progress:
+    """A progress bar over all steps of a run, on standard error; a plain line an epoch where that is no terminal."""
+
+    REFRESH = 0.5  # seconds between looks at the device's sums, each of which waits for the device
+
+    def __init__(self, epochs: int, steps: int, first_epoch: int = 0):
+        self.epochs, self._epoch_start, self._looked = epochs, time.perf_counter(), 0.0
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=epochs * steps, initial=first_epoch * steps, unit="step", dynamic_ncols=True)
+
+    def start_epoch(self):
+        self._epoch_start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._epoch_start
+
+    def step(self, epoch: int, meter: Meter, check: Callable[[], None]):
+        """After every step; looks at the sums, and calls check, twice a second."""
+        if self._bar is not None:
+            self._bar.update()
+        if time.perf_counter() - self._looked < self.REFRESH:
+            return
+        self._looked = time.perf_counter()
+        check()
+        if self._bar is not None:
+            now = meter.read("train")
+            self._bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
+            speed = f"{meter.images / self.seconds():.0f} images/s"
+            self._bar.set_postfix_str(f"loss {now['train_loss']:.3f}, accuracy {now['train_accuracy']:.1%}, {speed}")
+
+    def end_epoch(self, metrics: dict):
+        parts = [f"epoch {metrics['epoch'] + 1}/{self.epochs}"]
+        for name in ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "valid_top5_accuracy"):
+            if metrics.get(name) is not None:
+                value = f"{metrics[name]:.2%}" if name.endswith("accuracy") else f"{metrics[name]:.4f}"
+                parts.append(f"{name.replace('_', ' ')} {value}")
+        parts.append(f"{metrics['images_per_second']:.0f} images/s")
+        parts.append(f"{metrics['seconds'] * (self.epochs - metrics['epoch'] - 1):.0f} s left")
+        self.say(", ".join(parts))
+
+    def say(self, line: str):
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
+
+
+def require_finite(meter: Meter, steps_before: int, learning_rate: float, checkpoint, device):
+    """Raises NonFiniteLoss if any loss of the epoch so far is infinite or not a number."""
+    bad = meter.first_non_finite()
+    if bad is not None:
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"the loss became infinite or not a number at step {steps_before + bad} (step {bad} of its epoch), learning rate "
+            f"{learning_rate:g}; {last}. Start anew with a lower --learning-rate, or on {device} without --amp bf16"
+        )
+
+
+@torch.no_grad()
+def evaluate_batches(
+    predict: Callable[[Tensor], Tensor], batches: Iterable, loss: Callable, top5: bool, prefix: str
+) -> dict[str, float]:
+    """Loss and accuracy of predict: images (N, 3, H, W) -> logits (N, classes) over all batches."""
+    meter = Meter(top5)
+    for images, labels in batches:
+        logits = predict(images).float()
+        meter.add(loss(logits, labels), logits, labels)
+    return meter.read(prefix)
