@@ -21,9 +21,7 @@ from pathlib import Path
 
 import torch
 
-
-class RunError(RuntimeError):
-    """A run directory cannot be used as asked; the message names it and says what to do."""
+from fpdarts.errors import RunError
 
 
 @contextmanager

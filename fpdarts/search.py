@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from fpdarts.training import (
     Meter,
     Progress,
     autocast,
-    evaluate_batches,
+    evaluate_model,
     require_finite,
     select_amp,
     select_device,
@@ -34,8 +35,7 @@ def search(config: SearchConfig) -> dict:
     device = select_device(config.device)
     kernels.backend(config.kernels, device.type)  # fails here, with the reason, rather than after the data is read
     data = open_data(config.data, config.protocol, config.image_size)
-    config = configuration.resolved(config, data.protocol)
-    amp = select_amp(config.amp, device)
+    config = configuration.resolved(replace(config, amp=select_amp(config.amp, device)), data.protocol)
     weight_loader, architecture_loader, validation_loader = _loaders(config, data, device)
 
     torch.manual_seed(config.seed)
@@ -57,7 +57,7 @@ def search(config: SearchConfig) -> dict:
         clip=config.architecture_clip or None,
         weight_optimizer=weight_optimizer if config.unrolled else None,
         step_size=config.unrolled_step_size,
-        autocast=lambda: autocast(amp, device),
+        autocast=lambda: autocast(config.amp, device),
     )
     _try_out(model, data.image_size, gates, device)
 
@@ -95,7 +95,7 @@ def search(config: SearchConfig) -> dict:
         for batch in weight_loader.epoch(epoch):
             if epoch >= config.architecture_from:
                 architect.step(next(held_out), gates.sample(), batch if config.unrolled else None)
-            loss, logits = _weight_step(model, weight_optimizer, batch, gates.sample(), config, amp)
+            loss, logits = _weight_step(model, weight_optimizer, batch, gates.sample(), config)
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()
@@ -103,7 +103,9 @@ def search(config: SearchConfig) -> dict:
         metrics["images_per_second"] = meter.images / metrics["seconds"]
 
         validated = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
-        metrics |= validate(model, gates, validation_loader, amp, top5, skip=not validated)
+        metrics |= evaluate_model(
+            model, validation_loader, config.amp, top5, "valid", skip=not validated, arguments=(gates.expected(),)
+        )
         for name in ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"):
             metrics[name] = getattr(model, name).tolist()
         model.genotype().save(run.path / "genotype.json")
@@ -114,7 +116,7 @@ def search(config: SearchConfig) -> dict:
 
     genotype = model.genotype()
     genotype.save(run.path / "genotype.json")
-    result = {"run": str(run.path), "kernels": config.kernels, "amp": amp, "device": str(device)}
+    result = {"run": str(run.path), "kernels": config.kernels, "amp": config.amp, "device": str(device)}
     result |= {k: v for k, v in run.metrics[-1].items() if k.startswith(("train_", "valid_"))}
     result["seconds"] = sum(line["seconds"] for line in run.metrics)
     run.write_json("result.json", {**result, "genotype": genotype.to_dict()})
@@ -161,10 +163,10 @@ def _endless(loader, first_pass):
         yield from loader.epoch(number)
 
 
-def _weight_step(model, optimizer, batch, gates, config, amp):
+def _weight_step(model, optimizer, batch, gates, config):
     images, labels = batch
     with frozen(model.architecture_parameters()):
-        with autocast(amp, images.device):
+        with autocast(config.amp, images.device):
             logits = model(images, gates)
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -172,19 +174,6 @@ def _weight_step(model, optimizer, batch, gates, config, amp):
     torch.nn.utils.clip_grad_norm_(model.weight_parameters(), config.gradient_clip)
     optimizer.step()
     return loss, logits
-
-
-def validate(model: SuperNet, gates: GateSampler, loader: Loader, amp: str, top5: bool, skip: bool = False) -> dict:
-    """{valid_loss, valid_accuracy, ...} with expected gates and running statistics; None for each if skipped."""
-    if skip:
-        return dict.fromkeys(("valid_loss", "valid_accuracy") + (("valid_top5_accuracy",) if top5 else ()))
-    model.eval()
-
-    def predict(images):
-        with autocast(amp, images.device):
-            return model(images, gates.expected())
-
-    return evaluate_batches(predict, loader.epoch(), F.cross_entropy, top5, "valid")
 
 
 def _try_out(model, image_size, gates, device):

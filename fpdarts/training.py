@@ -2,14 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-class NonFiniteLoss(RuntimeError):
-    """Training met a loss that is not a number; the message names step, learning rate and last good checkpoint."""
+from fpdarts.errors import NonFiniteLoss
 
 
 def select_device(name: str) -> torch.device:
@@ -129,12 +128,19 @@ def require_finite(meter: Meter, steps_before: int, learning_rate: float, checkp
 
 
 @torch.no_grad()
-def evaluate_batches(
-    predict: Callable[[Tensor], Tensor], batches: Iterable, loss: Callable, top5: bool, prefix: str
-) -> dict[str, float]:
-    """Loss and accuracy of predict: images (N, 3, H, W) -> logits (N, classes) over all batches."""
+def evaluate_model(
+    model: torch.nn.Module, loader, amp: str, top5: bool, prefix: str, skip: bool = False, arguments: tuple = ()
+) -> dict[str, float | None]:
+    """{prefix_loss, prefix_accuracy[, prefix_top5_accuracy]} over all of a loader's images; None for each if skipped.
+
+    The model is left in evaluation mode. arguments: what its forward takes after the images.
+    """
+    if skip:
+        return dict.fromkeys(f"{prefix}_{name}" for name in ("loss", "accuracy", "top5_accuracy")[: 3 if top5 else 2])
+    model.eval()
     meter = Meter(top5)
-    for images, labels in batches:
-        logits = predict(images).float()
-        meter.add(loss(logits, labels), logits, labels)
+    for images, labels in loader.epoch():
+        with autocast(amp, images.device):
+            logits = model(images, *arguments)
+        meter.add(F.cross_entropy(logits.float(), labels), logits, labels)
     return meter.read(prefix)

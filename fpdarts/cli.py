@@ -1,0 +1,177 @@
+"""The command: parse, call, print. Heavy imports wait until a command needs them."""
+
+import json
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fpdarts.config import EvaluateConfig, RetrainConfig, SearchConfig, Stem
+from fpdarts.errors import NonFiniteLoss, RunError
+from fpdarts.kernels import BackendUnavailable
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print a genotype."""
+
+    genotype: tyro.conf.Positional[str]
+    """A published genotype's name, a genotype file, or a run directory."""
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters and multiply-adds of the derived network, without the auxiliary head."""
+
+    genotype: tyro.conf.Positional[str]
+    """A published genotype's name, a genotype file, or a run directory."""
+    stem: Stem = "cifar"
+    init_channels: int = 36
+    cells: int = 20
+    classes: int | None = None
+    """10 for the cifar stem, 1000 for the imagenet stem if not given."""
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draw both cells into an SVG or PNG file."""
+
+    genotype: tyro.conf.Positional[str]
+    """A published genotype's name, a genotype file, or a run directory."""
+    out: str
+    """File to write; its suffix, .svg or .png, chooses the format."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Read the Genotype(normal=[...], ...) text that papers print, and write it as a genotype file."""
+
+    text: tyro.conf.Positional[str]
+    """A file with the text; - for standard input."""
+    out: str
+    """Genotype file to write."""
+
+
+@dataclass(frozen=True)
+class GenotypeCommand:
+    """Look at genotypes: show, count, draw, import."""
+
+    action: (
+        Annotated[Show, tyro.conf.subcommand("show")]
+        | Annotated[Count, tyro.conf.subcommand("count")]
+        | Annotated[Draw, tyro.conf.subcommand("draw")]
+        | Annotated[Import, tyro.conf.subcommand("import")]
+    )
+
+
+Command = (
+    Annotated[SearchConfig, tyro.conf.subcommand("search")]
+    | Annotated[RetrainConfig, tyro.conf.subcommand("retrain")]
+    | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+    | Annotated[GenotypeCommand, tyro.conf.subcommand("genotype")]
+)
+_DESCRIPTION = "Fast parallel differentiable architecture search: search, retrain, evaluate."
+_CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+
+# A resumed run may move to another machine; all else must be as it was, or it would not be the same run.
+_MAY_CHANGE = {"resume", "json", "out", "device", "workers", "kernels"}
+
+
+def main(arguments: list[str] | None = None):
+    """Exit status: 0 done, 1 an error of this project's own (one line on standard error), 2 wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = tyro.cli(Command, prog="fpdarts", description=_DESCRIPTION, args=arguments, config=_CONF)
+    try:
+        _run(command, arguments)
+    except (ValueError, OSError, RunError, NonFiniteLoss, BackendUnavailable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on with --resume and its --out", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(command, arguments):
+    if isinstance(command, (SearchConfig, RetrainConfig)):
+        if command.resume:
+            command = _as_saved(command, arguments)
+        if isinstance(command, SearchConfig):
+            from fpdarts.search import search as run
+        else:
+            from fpdarts.retrain import retrain as run
+        _print_result(run(command), command.json)
+    elif isinstance(command, EvaluateConfig):
+        from fpdarts.evaluate import evaluate
+
+        _print_result(evaluate(command), command.json)
+    else:
+        _genotype(command.action)
+
+
+def _as_saved(command, arguments):
+    """The saved configuration of the run to resume; flags that would change it are refused."""
+    from fpdarts.run import read_config
+
+    if command.out is None:
+        raise RunError("--resume needs --out, the directory of the run to go on with")
+    saved = type(command)(**read_config(Path(command.out), arguments[0]))
+    saved = replace(saved, out=command.out, resume=True)
+    # parsed again over what was saved: what differs then was given on the command line
+    asked = tyro.cli(type(command), args=arguments[1:], default=saved, config=_CONF)
+    for field in fields(asked):
+        old, new = getattr(saved, field.name), getattr(asked, field.name)
+        if old != new and field.name not in _MAY_CHANGE:
+            flag = field.name.replace("_", "-")
+            raise RunError(f"--{flag} {new} would change the run in {command.out}, which has {old}; leave it out to resume")
+    return asked
+
+
+def _print_result(result: dict, as_json: bool):
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        if name == "genotype":
+            print("genotype:")
+            print(_readable(value))
+        elif value is not None:
+            print(f"{name.replace('_', ' ')}: {f'{value:.2%}' if name.endswith('accuracy') else value}")
+
+
+def _readable(genotype: dict) -> str:
+    lines = []
+    for kind in ("normal", "reduce"):
+        lines.append(f"  {kind}:")
+        for i in range(0, len(genotype[kind]), 2):
+            edges = ", ".join(f"{name} of state {source}" for name, source in genotype[kind][i : i + 2])
+            lines.append(f"    node {i // 2} (state {i // 2 + 2}): {edges}")
+    return "\n".join(lines)
+
+
+def _genotype(action):
+    from fpdarts.genotype import Genotype, find
+
+    if isinstance(action, Import):
+        origin = "standard input" if action.text == "-" else action.text
+        text = sys.stdin.read() if action.text == "-" else Path(action.text).read_text()
+        Genotype.parse(text, origin).save(action.out)
+        return
+    genotype = find(action.genotype)
+    if isinstance(action, Show):
+        print(json.dumps(genotype.to_dict()) if action.json else _readable(genotype.to_dict()))
+    elif isinstance(action, Draw):
+        from fpdarts.draw import draw
+
+        draw(genotype, action.out)
+    else:
+        from fpdarts.count import count_genotype
+
+        counted = count_genotype(genotype, action.stem, action.init_channels, action.cells, action.classes)
+        if action.json:
+            print(json.dumps(counted))
+        else:
+            print(f"parameters: {counted['parameters']:,}\nmacs: {counted['macs']:,}")

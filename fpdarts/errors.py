@@ -1,0 +1,9 @@
+"""Errors of a run. They import nothing, so that the command can name them before torch is loaded."""
+
+
+class RunError(RuntimeError):
+    """A run directory cannot be used as asked; the message names it and says what to do."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is not a number; the message names step, learning rate and last good checkpoint."""

@@ -1,0 +1,42 @@
+"""Testing a network that was retrained."""
+
+import torch
+
+from fpdarts import config as configuration
+from fpdarts.config import EvaluateConfig, RetrainConfig
+from fpdarts.data import DataError, Loader, open_data
+from fpdarts.genotype import Genotype
+from fpdarts.network import DerivedNetwork
+from fpdarts.run import load_checkpoint, read_config
+from fpdarts.training import evaluate_model, select_amp, select_device
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """{test_loss, test_accuracy[, test_top5_accuracy], epoch, images} of a retraining's newest checkpoint."""
+    device = select_device(config.device)
+    trained = RetrainConfig(**read_config(config.run, "retrain"))
+    checkpoint = load_checkpoint(config.run)
+    genotype = Genotype.load(f"{config.run}/genotype.json")
+    data = open_data(config.data or trained.data, trained.protocol, trained.image_size)
+    classes = checkpoint["model"]["classifier.bias"].shape[0]
+    if len(data.classes) != classes:
+        raise DataError(f"{data.source} has {len(data.classes)} classes, the network of {config.run} has {classes}")
+    network = build_network(trained, genotype, classes)
+    network.load_state_dict(checkpoint["model"])
+    network.to(device, memory_format=torch.channels_last)
+    images = data.test if config.limit is None else data.test.limited(config.limit)
+    loader = Loader(images, data, config.batch_size or trained.batch_size, None, 0, device, config.workers)
+    result = evaluate_model(network, loader, select_amp(config.amp, device), data.protocol == "imagenet", "test")
+    return {**result, "epoch": checkpoint["epoch"], "images": len(images)}
+
+
+def build_network(config: RetrainConfig, genotype: Genotype, num_classes: int) -> DerivedNetwork:
+    """The network of a resolved configuration."""
+    return DerivedNetwork(
+        genotype,
+        num_classes,
+        config.init_channels,
+        config.cells,
+        configuration.stem_of(config.protocol),
+        auxiliary=config.auxiliary_weight > 0,
+    )

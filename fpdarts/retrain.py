@@ -1,0 +1,123 @@
+"""Retraining: the network that a genotype describes, from scratch, tested once at the end."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from fpdarts import config as configuration
+from fpdarts.config import RetrainConfig, learning_rate
+from fpdarts.count import count
+from fpdarts.data import Loader, augmentation, open_data
+from fpdarts.evaluate import build_network
+from fpdarts.genotype import find
+from fpdarts.run import Run, default_directory, newest_checkpoint, restore_random_state
+from fpdarts.training import Meter, Progress, autocast, evaluate_model, require_finite, select_amp, select_device
+
+
+def retrain(config: RetrainConfig) -> dict:
+    """Run a retraining, or go on with one; returns what result.json holds, with the run directory.
+
+    Raises DataError, GenotypeError, RunError or ValueError before training starts wherever that can be known, and
+    NonFiniteLoss when training diverges.
+    """
+    device = select_device(config.device)
+    genotype = find(config.out if config.resume else config.genotype)  # a resumed run keeps the copy it started with
+    data = open_data(config.data, config.protocol, config.image_size)
+    config = configuration.resolved(replace(config, amp=select_amp(config.amp, device)), data.protocol)
+    train_loader, holdout_loader, test_loader = _loaders(config, data, device)
+
+    torch.manual_seed(config.seed)
+    network = build_network(config, genotype, len(data.classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
+    )
+    _try_out(config, genotype, data)
+
+    first_epoch = 0
+    if config.resume:
+        run, checkpoint = Run.resume(config.out)
+        if checkpoint is not None:
+            first_epoch = checkpoint["epoch"] + 1
+            network.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            restore_random_state(checkpoint["random"])
+    else:
+        out = config.out or default_directory("retrain", data.source)
+        run = Run.create(out, "retrain", configuration.as_dict(config))
+        genotype.save(run.path / "genotype.json")
+
+    top5 = data.protocol == "imagenet"
+    steps = len(train_loader)
+    progress = Progress(config.epochs, steps, first_epoch)
+    for epoch in range(first_epoch, config.epochs):
+        progress.start_epoch()
+        rate = learning_rate(config, epoch)
+        optimizer.param_groups[0]["lr"] = rate
+        drop_path = config.drop_path * epoch / config.epochs
+        network.train()
+        meter = Meter(top5)
+
+        def check():
+            require_finite(meter, epoch * steps, rate, newest_checkpoint(run.path), device)
+
+        for batch in train_loader.epoch(epoch):
+            loss, logits = _step(network, optimizer, batch, drop_path, config)
+            meter.add(loss, logits, batch[1])
+            progress.step(epoch, meter, check)
+        check()
+        metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, "seconds": progress.seconds()}
+        metrics["images_per_second"] = meter.images / metrics["seconds"]
+        if holdout_loader is not None:
+            validated = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
+            metrics |= evaluate_model(network, holdout_loader, config.amp, top5, "valid", skip=not validated)
+        run.write_epoch(metrics)
+        run.write_checkpoint(epoch, {"model": network.state_dict(), "optimizer": optimizer.state_dict()})
+        progress.end_epoch(metrics)
+    progress.close()
+
+    result = {"run": str(run.path), "amp": config.amp, "device": str(device)}
+    result |= {k: v for k, v in run.metrics[-1].items() if k.startswith(("train_", "valid_"))}
+    result |= evaluate_model(network, test_loader, config.amp, top5, "test")
+    result |= count(network, data.image_size)
+    result["seconds"] = sum(line["seconds"] for line in run.metrics)
+    run.write_json("result.json", result)
+    run.close()
+    return result
+
+
+def _loaders(config, data, device):
+    """Of the training images, of those held out (None without --holdout) and of the test images."""
+    images = data.train if config.limit is None else data.train.limited(config.limit)
+    held_out = None
+    if config.holdout:
+        held_out, images = images.split(config.holdout, config.seed)
+    augment = replace(augmentation(data.protocol, "retrain"), cutout=config.cutout)
+
+    def loader(part, augment):
+        return Loader(part, data, config.batch_size, augment, config.seed, device, config.workers)
+
+    return loader(images, augment), None if held_out is None else loader(held_out, None), loader(data.test, None)
+
+
+def _step(network, optimizer, batch, drop_path, config):
+    """Returns loss and logits of the classifier, without the auxiliary head's share."""
+    images, labels = batch
+    with autocast(config.amp, images.device):
+        out = network(images, drop_path)
+    logits, auxiliary_logits = out if isinstance(out, tuple) else (out, None)
+    loss = total = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    if auxiliary_logits is not None:
+        auxiliary = F.cross_entropy(auxiliary_logits, labels, label_smoothing=config.label_smoothing)
+        total = loss + config.auxiliary_weight * auxiliary
+    optimizer.zero_grad()
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
+    optimizer.step()
+    return loss, logits
+
+
+def _try_out(config, genotype, data):
+    """A forward without memory or arithmetic, so that an image size which does not fit is an error now."""
+    with torch.device("meta"):
+        build_network(config, genotype, len(data.classes))(torch.empty(2, 3, data.image_size, data.image_size))
