@@ -1,0 +1,119 @@
+"""The kernel seam: choice of a back end, and the reference's parts against plain modules in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fpdarts import kernels
+from fpdarts.kernels.spec import OPERATIONS, CellSpec
+from fpdarts.space import DEFAULT_SUBSETS
+
+
+def test_available_names_every_back_end_and_says_why_not():
+    reasons = kernels.available()
+    assert tuple(reasons) == kernels.BACKENDS
+    assert reasons["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in reasons.values())
+
+
+def test_a_back_end_asked_for_by_name_runs_or_says_why():
+    for name, reason in kernels.available().items():
+        if reason is None:
+            assert kernels.backend(name).__name__ == f"fpdarts.kernels.{name}"
+        else:
+            with pytest.raises(kernels.BackendUnavailable, match=f"kernels '{name}' cannot run here: "):
+                kernels.backend(name)
+
+
+def test_unknown_back_end_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="unknown kernels 'cudnn'; choose one of: auto, reference, native, triton"):
+        kernels.backend("cudnn")
+
+
+def slice_of_wider(n, c, h, w):
+    """A channel slice, as a path reads it: not contiguous."""
+    return torch.randn(n, 2 * c, h, w, dtype=torch.float64)[:, c:].requires_grad_()
+
+
+@pytest.mark.parametrize("size", [(7, 7), (5, 9), (8, 8)], ids=str)
+@pytest.mark.parametrize("name", [n for n, o in OPERATIONS.items() if o.kind == "convolution"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_stage(name, size, stride):
+    edges, c, k, dilation = 3, 4, OPERATIONS[name].kernel_size, OPERATIONS[name].dilation
+    depthwise = torch.randn(edges, k, k, c, dtype=torch.float64, requires_grad=True)
+    pointwise = torch.randn(edges, c, c, dtype=torch.float64, requires_grad=True)
+    x = slice_of_wider(2, c, *size)
+    out = kernels.stage(x, depthwise, pointwise, stride=stride, dilation=dilation, kernels="reference")
+    for e in range(edges):
+        conv = nn.Conv2d(c, c, k, stride, dilation * (k // 2), dilation, groups=c, bias=False).double()
+        conv.weight.data = depthwise[e].detach().permute(2, 0, 1)[:, None].contiguous()
+        expected = torch.einsum("nihw,io->nohw", conv(x.detach().relu()), pointwise[e].detach())
+        torch.testing.assert_close(out[:, e * c : (e + 1) * c], expected, msg=lambda m: f"out of edge {e}: {m}")
+    own = torch.cat([x.detach()] * edges, 1)
+    torch.testing.assert_close(
+        out, kernels.stage(own, depthwise, pointwise, stride=stride, dilation=dilation), msg=lambda m: f"a slice an edge: {m}"
+    )
+    small = [t.detach()[:1, ..., :2, :2].clone() if t is x else t for t in (x, depthwise, pointwise)]
+    small[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *t: kernels.stage(*t, dilation=dilation), small, fast_mode=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pooling(stride):
+    x = slice_of_wider(2, 3, 7, 7)
+    torch.testing.assert_close(kernels.pooling(x, "max_pool_3x3", stride=stride), F.max_pool2d(x, 3, stride, 1))
+    expected = F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
+    torch.testing.assert_close(kernels.pooling(x, "avg_pool_3x3", stride=stride), expected)
+
+
+def test_factorized_reduction():
+    x = slice_of_wider(2, 5, 4, 6)
+    even, odd = (torch.randn(2, 5, h, dtype=torch.float64) for h in (2, 3))
+    out = kernels.factorized_reduction(x, even, odd)
+    assert out.shape == (2, 10, 2, 3)
+    for e in range(2):
+        parts = [torch.einsum("nihw,io->nohw", x.relu()[:, :, s::2, s::2], w[e]) for s, w in ((0, even), (1, odd))]
+        torch.testing.assert_close(out[:, 5 * e : 5 * e + 5], torch.cat(parts, 1), msg=lambda m: f"out of edge {e}: {m}")
+    with pytest.raises(ValueError, match="factorized reduction.*3x4"):
+        kernels.factorized_reduction(x[:, :, :3, :4], even, odd)
+
+
+def test_normalize():
+    raw, weight = torch.randn(4, 6, 3, 3, dtype=torch.float64) + 5, torch.rand(6, dtype=torch.float64)
+    module = nn.BatchNorm2d(6, affine=False, momentum=1.0).double()
+    out, mean, variance = kernels.normalize(raw, weight)
+    torch.testing.assert_close(out, module(raw) * weight[:, None, None], msg=lambda m: f"out: {m}")
+    torch.testing.assert_close(mean, module.running_mean, msg=lambda m: f"mean: {m}")
+    torch.testing.assert_close(variance, module.running_var, msg=lambda m: f"variance: {m}")
+    module.eval()
+    torch.testing.assert_close(kernels.normalize(raw, None, (mean, variance))[0], module(raw), msg=lambda m: f"given: {m}")
+
+
+def test_node_sums_and_shuffles():
+    a, b, c = (torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(3))
+    out = kernels.node([[(a, None), (b, torch.tensor(0.5, dtype=torch.float64))], [(c, torch.tensor(2.0).double())]])
+    for channel in range(3):
+        torch.testing.assert_close(out[:, 2 * channel], (a + 0.5 * b)[:, channel])
+        torch.testing.assert_close(out[:, 2 * channel + 1], 2 * c[:, channel])
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_packing_covers_each_edge_and_each_row_once():
+    for reduction in (False, True):
+        spec = CellSpec(16, (48, 64), 2, DEFAULT_SUBSETS, reduction=reduction, factorized_input=True)
+        assert sorted(spec.source_order) == list(range(14))
+        assert [len(rows) for rows in spec.rows_by_source] == [4, 4, 3, 2, 1]
+        for source, rows in enumerate(spec.rows_by_source):
+            assert all(spec.edges[spec.source_order[row]].source == source for row in rows)
+        table = [row for rows in spec.statistics.values() for row in rows]
+        assert sorted(table) == list(range(spec.statistics_rows))
+        assert ("skip_connect_even" in spec.parameters) == reduction
+
+
+def test_inputs_that_do_not_fit_each_other_are_named():
+    spec = CellSpec(4, (4, 4), 2, DEFAULT_SUBSETS)
+    weights = {name: torch.zeros(p.shape) for name, p in spec.parameters.items()}
+    inputs = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 4, 4)
+    with pytest.raises(ValueError, match="8x8 and 4x4"):
+        kernels.cell(spec, inputs, weights, torch.ones(14, 8), torch.ones(14), torch.ones(14, 2))
