@@ -75,7 +75,7 @@ Command = (
     | Annotated[GenotypeCommand, tyro.conf.subcommand("genotype")]
 )
 _DESCRIPTION = "Fast parallel differentiable architecture search: search, retrain, evaluate."
-_CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+_CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 # A resumed run may move to another machine; all else must be as it was, or it would not be the same run.
 _MAY_CHANGE = {"resume", "json", "out", "device", "workers", "kernels"}
@@ -84,7 +84,7 @@ _MAY_CHANGE = {"resume", "json", "out", "device", "workers", "kernels"}
 def main(arguments: list[str] | None = None):
     """Exit status: 0 done, 1 an error of this project's own (one line on standard error), 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = tyro.cli(Command, prog="fpdarts", description=_DESCRIPTION, args=arguments, config=_CONF)
+    command = tyro.cli(Command, prog="fpdarts", description=_DESCRIPTION, args=arguments, config=(*_CONF, tyro.conf.FlagCreatePairsOff))
     try:
         _run(command, arguments)
     except (ValueError, OSError, RunError, NonFiniteLoss, BackendUnavailable) as error:
@@ -120,7 +120,8 @@ def _as_saved(command, arguments):
         raise RunError("--resume needs --out, the directory of the run to go on with")
     saved = type(command)(**read_config(Path(command.out), arguments[0]))
     saved = replace(saved, out=command.out, resume=True)
-    # parsed again over what was saved: what differs then was given on the command line
+    # Parsed again over what was saved: what differs then was given on the command line. A flag that was saved as true
+    # may be given again, for which it must keep both of its forms (--unrolled, --no-unrolled).
     asked = tyro.cli(type(command), args=arguments[1:], default=saved, config=_CONF)
     for field in fields(asked):
         old, new = getattr(saved, field.name), getattr(asked, field.name)

@@ -1,0 +1,225 @@
+"""The command, end to end on small parts of the digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fpdarts.cli import main
+from fpdarts.run import load_checkpoint, read_metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = "--limit 120 --init-channels 4 --cells 3 --batch-size 30".split()
+METRICS = "epoch train_loss train_accuracy learning_rate seconds images_per_second".split()
+
+
+def run(capsys, *arguments):
+    """(exit status, standard output, standard error) of the command in this process."""
+    try:
+        main([str(a) for a in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "search"
+    main(["search", "--out", str(out), "--epochs", "3", "--validate-every", "2", *TINY])
+    return out
+
+
+@pytest.fixture(scope="module")
+def retrained(searched):
+    out = searched.parent / "retrain"
+    main(["retrain", "--genotype", str(searched), "--out", str(out), "--epochs", "2", "--holdout", "0.2", *TINY])
+    return out
+
+
+def test_help_waits_for_nothing_heavy():
+    code = "import sys\ntry:\n import fpdarts.cli as c; c.main(['--help'])\nfinally: print(sorted({'torch', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout
+
+
+def test_the_package_runs_from_an_uninstalled_checkout(tmp_path):
+    # -I -S: neither site-packages' link to the checkout nor the current directory, only what is put on the path here
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import fpdarts.kernels.spec as s; print(s.__file__)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "kernels" / "spec.py"), done.stderr
+
+
+def test_a_search_leaves_a_complete_run_directory(searched):
+    names = {path.name for path in searched.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "genotype.json", "result.json", "checkpoints", "tensorboard"}
+    config = json.loads((searched / "config.json").read_text())
+    assert config["command"] == "search" and config["protocol"] == "digits" and None not in (config["amp"], config["epochs"])
+    metrics = read_metrics(searched)
+    assert [line["epoch"] for line in metrics] == [0, 1, 2]
+    for line in metrics:
+        assert all(line[name] is not None for name in METRICS)
+        assert 0 <= line["train_accuracy"] <= 1
+        assert len(line["alpha_normal"]) == len(line["beta_reduce"]) == 14
+    assert [line["valid_loss"] is None for line in metrics] == [True, False, False]
+    assert metrics[0]["alpha_normal"] != metrics[2]["alpha_normal"]
+    assert list((searched / "tensorboard").iterdir())
+    checkpoint = load_checkpoint(searched)
+    assert checkpoint.keys() == {"epoch", "random", "model", "weight_optimizer", "architecture_optimizer", "gates"}
+    assert {"alpha_normal", "beta_reduce"} <= checkpoint["model"].keys()
+
+
+def test_a_retraining_leaves_a_complete_run_directory(retrained, capsys):
+    result = json.loads((retrained / "result.json").read_text())
+    assert {"test_loss", "test_accuracy", "valid_accuracy", "parameters", "macs"} <= result.keys()
+    assert all(line["valid_accuracy"] is not None for line in read_metrics(retrained))
+    status, out, _ = run(capsys, "evaluate", "--run", retrained, "--json")
+    evaluated = json.loads(out)
+    assert status == 0 and evaluated["images"] == 360
+    assert evaluated["test_accuracy"] == result["test_accuracy"]
+    status, out, _ = run(capsys, "evaluate", "--run", retrained, "--limit", "50", "--json")
+    assert json.loads(out)["images"] == 50
+
+
+def test_json_output_is_json_alone(tmp_path, capsys):
+    status, out, err = run(capsys, "search", "--out", tmp_path / "r", "--epochs", "1", "--json", *TINY)
+    result = json.loads(out)
+    assert status == 0 and result["genotype"].keys() == {"normal", "normal_concat", "reduce", "reduce_concat"}
+    assert "epoch 1/1" in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--unrolled"], ["--gates", "fixed"], ["--gates", "both"], ["--amp", "bf16"], ["--partial", "4"], ["--weighting", "softmax"],
+     ["--kernels", "reference"], ["--nodes", "2", "--subsets", "sep_conv_3x3,none,skip_connect"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_options_of_a_search_have_their_effect(searched, tmp_path, capsys, options):
+    status, _, err = run(capsys, "search", "--out", tmp_path / "r", "--epochs", "3", *TINY, *options)
+    assert status == 0, err
+    loss = read_metrics(tmp_path / "r")[-1]["train_loss"]
+    plain = read_metrics(searched)[-1]["train_loss"]
+    assert (loss == plain) == (options[0] == "--kernels")  # auto is the reference so far
+    if options == ["--gates", "fixed"]:
+        assert "alphas stay untrained" in err
+
+
+@pytest.mark.parametrize("options", [["--drop-path", "0.3"], ["--label-smoothing", "0.1"], ["--weight-decay", "0.1"]], ids=" ".join)
+def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path, capsys, options):
+    out = tmp_path / "r"
+    assert run(capsys, "retrain", "--genotype", searched, "--out", out, "--epochs", "2", "--holdout", "0.2", *TINY, *options)[0] == 0
+    assert read_metrics(out)[-1]["train_loss"] != read_metrics(retrained)[-1]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("search --data nowhere", "nowhere"),
+        ("search --kernels native", "kernels 'native' cannot run here: "),
+        ("search --device gpu", "--device gpu cannot be used here"),
+        ("search --epochs 0", "--epochs must be at least 1"),
+        ("search --subsets sep_conv_9x9", "unknown operation 'sep_conv_9x9'; the operations are"),
+        ("search --init-channels 5", "5 channels cannot be cut into 2"),
+        ("search --limit 3", "limit of 3"),
+        ("search --protocol imagenet", "digits"),
+        ("search --resume", "--resume needs --out"),
+        ("search --resume --out nowhere", "nowhere holds no run"),
+        ("retrain --genotype DARTS_V9", "DARTS_V1"),
+        ("retrain --auxiliary-weight 0.4", "auxiliary head meets a 2x2 map"),
+        ("retrain --cells 2", "at least 3 cells"),
+        ("evaluate --run nowhere", "nowhere holds no run"),
+        ("genotype show nowhere.json", "nowhere.json"),
+        ("genotype draw DARTS_V1 --out cell.jpg", "svg"),
+    ],
+)
+def test_errors_are_one_line_and_leave_no_run_behind(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *arguments.split())
+    assert status == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_into_anothers_directory_is_refused(searched, capsys):
+    before = sorted(path.name for path in searched.iterdir())
+    status, _, err = run(capsys, "search", "--out", searched, "--epochs", "1", *TINY)
+    assert status == 1 and "never overwrites another" in err
+    assert sorted(path.name for path in searched.iterdir()) == before
+
+
+def test_a_diverging_search_stops_with_step_rate_and_checkpoint(tmp_path, capsys):
+    status, _, err = run(capsys, "search", "--out", tmp_path / "r", "--epochs", "4", "--learning-rate", "1e30", *TINY)
+    assert status == 1
+    assert "not a number at step" in err and "learning rate 1e+30" in err and "there is no checkpoint yet" in err
+
+
+def test_resume_refuses_what_would_change_the_run(searched, capsys):
+    status, _, err = run(capsys, "search", "--out", searched, "--resume", "--epochs", "9")
+    assert status == 1 and "--epochs 9 would change the run" in err and "which has 3" in err
+
+
+@pytest.mark.parametrize("command", ["search", "retrain"])
+def test_killed_and_resumed_ends_bit_for_bit_the_same(command, tmp_path):
+    epochs = 4
+    arguments = [sys.executable, "-m", "fpdarts", command, "--epochs", str(epochs), *TINY]
+    if command == "retrain":
+        arguments += ["--drop-path", "0.3", "--holdout", "0.2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order
+
+    def start(*more):
+        return subprocess.Popen([*arguments, *more], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    victim = start("--out", killed)
+    while len(read_metrics(killed)) < 2 and victim.poll() is None:
+        time.sleep(0.02)
+    assert victim.poll() is None, "the run ended before it could be killed"
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert len(read_metrics(killed)) < epochs
+    assert start("--out", whole).wait() == 0
+    assert start("--out", killed, "--resume").wait() == 0
+
+    ours, theirs = load_checkpoint(killed), load_checkpoint(whole)
+    assert ours["epoch"] == theirs["epoch"] == epochs - 1
+
+    def compare(name, a, b):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), f"{name} differs"
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), name
+            for key in a:
+                compare(f"{name}.{key}", a[key], b[key])
+        elif isinstance(a, (list, tuple)):
+            for i, pair in enumerate(zip(a, b, strict=True)):
+                compare(f"{name}.{i}", *pair)
+        else:
+            assert a == b, f"{name} differs"
+
+    compare("checkpoint", {k: v for k, v in ours.items() if k != "random"}, {k: v for k, v in theirs.items() if k != "random"})
+    assert torch.equal(ours["random"]["torch"], theirs["random"]["torch"])
+    assert (killed / "genotype.json").read_text() == (whole / "genotype.json").read_text()
+    timing = {"seconds", "images_per_second"}
+    for a, b in zip(read_metrics(killed), read_metrics(whole), strict=True):
+        compare("metrics", {k: v for k, v in a.items() if k not in timing}, {k: v for k, v in b.items() if k not in timing})
+
+
+def test_genotype_commands(tmp_path, capsys):
+    counted = run(capsys, "genotype", "count", "PC_DARTS_image", "--stem", "imagenet", "--init-channels", "48", "--cells", "14", "--json")
+    assert json.loads(counted[1]) == {"parameters": 5342464, "macs": 581627328}
+    shown = json.loads(run(capsys, "genotype", "show", "DARTS_V2", "--json")[1])
+    assert shown["normal_concat"] == [2, 3, 4, 5]
+    text = tmp_path / "paper.txt"
+    text.write_text(f"DARTS_V2 = Genotype(normal={[tuple(e) for e in shown['normal']]}, normal_concat=range(2, 6), "
+                    f"reduce={[tuple(e) for e in shown['reduce']]}, reduce_concat=[2, 3, 4, 5])")  # fmt: skip
+    assert run(capsys, "genotype", "import", text, "--out", tmp_path / "g.json")[0] == 0
+    assert json.loads((tmp_path / "g.json").read_text()) == shown
+    for suffix in ("svg", "png"):
+        assert run(capsys, "genotype", "draw", tmp_path / "g.json", "--out", tmp_path / f"cell.{suffix}")[0] == 0
+        assert (tmp_path / f"cell.{suffix}").stat().st_size > 5000

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+
+from fpdarts import run as runs
+from fpdarts.errors import RunError
+from fpdarts.run import Run
+
+
+def test_a_directory_that_holds_anything_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="never overwrites another.*--out.*--resume"):
+        Run.create(tmp_path, "search", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", "search", {})
+    run.write_json("result.json", {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json("result.json", {"a": object()})
+
+    def fails(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runs.os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        run.write_json("result.json", {"a": 2})
+    assert json.loads((run.path / "result.json").read_text()) == {"a": 1}
+    assert not list(run.path.glob(".*")), "a temporary file was left behind"
+
+
+def written(path, epochs):
+    run = Run.create(path, "search", {"x": 1})
+    for epoch in range(epochs):
+        run.write_epoch({"epoch": epoch, "train_loss": 1.0, "valid_loss": None})
+        run.write_checkpoint(epoch, {"value": torch.tensor(epoch)})
+    return run
+
+
+def test_the_newest_checkpoint_and_the_one_before_are_kept(tmp_path):
+    run = written(tmp_path / "run", 4)
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["epoch-0002.pt", "epoch-0003.pt"]
+    assert runs.load_checkpoint(run.path)["value"] == 3
+
+
+def test_an_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    run = written(tmp_path / "run", 3)
+    newest = runs.newest_checkpoint(run.path)
+    newest.write_bytes(newest.read_bytes()[:100])
+    resumed, checkpoint = Run.resume(run.path)
+    assert checkpoint["epoch"] == 1
+    assert [line["epoch"] for line in resumed.metrics] == [0, 1]
+    assert f"{newest} cannot be read" in capsys.readouterr().err
+    resumed.write_epoch({"epoch": 2})
+    assert [line["epoch"] for line in runs.read_metrics(run.path)] == [0, 1, 2]
+
+
+def test_lost_metrics_are_an_error(tmp_path):
+    run = written(tmp_path / "run", 3)
+    (run.path / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match="metrics.jsonl has 0 epochs, the checkpoint 3"):
+        Run.resume(run.path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "config.json is missing"),
+        ("{", "config.json is not JSON"),
+        ('{"command": "retrain"}', "not the directory of a search run"),
+    ],
+)
+def test_wrong_run_directories_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match=message):
+        runs.read_config(tmp_path, "search")
+
+
+def test_random_states_come_back(tmp_path):
+    import random
+
+    run = written(tmp_path / "run", 1)
+    expected = torch.rand(3), random.random()
+    torch.rand(5), random.random()
+    runs.restore_random_state(runs.load_checkpoint(run.path)["random"])
+    assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
