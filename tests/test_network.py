@@ -15,15 +15,6 @@ _POOL_AND_SKIP = [("avg_pool_3x3", 0), ("skip_connect", 1)]
 POOL_AND_SKIP = Genotype(_POOL_AND_SKIP, [2], _POOL_AND_SKIP, [2])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On maps this small, threads mostly wait for one another: 10 times slower beside another busy process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(genotype=GENOTYPE, num_classes=5, init_channels=4, cells=3, **options):
     torch.manual_seed(0)
     return DerivedNetwork(genotype, num_classes, init_channels, cells, **options)
