@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fpdarts.supernet import SuperNet
+from fpdarts.supernet import ARCHITECTURE, SuperNet
 
 Batch = tuple[Tensor, Tensor]  # images (N, 3, H, W), labels (N,)
 
@@ -88,7 +88,7 @@ class Architect:
     def _second_order(self, validation, train, gates):
         """d/d alpha of L_val(w - eta * dL_train/dw, alpha); the mixed derivative by a central difference (DARTS, eq. 8)."""
         architecture = self.model.architecture_parameters()
-        weights = {n: p for n, p in self.model.named_parameters() if not n.startswith(("alpha_", "beta_"))}
+        weights = {n: p for n, p in self.model.named_parameters() if n not in ARCHITECTURE}
         names, current = list(weights), list(weights.values())
         (group,) = self.weight_optimizer.param_groups
         eta, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]

@@ -18,10 +18,10 @@ def evaluate(config: EvaluateConfig) -> dict:
     checkpoint = load_checkpoint(config.run)
     genotype = Genotype.load(f"{config.run}/genotype.json")
     data = open_data(config.data or trained.data, trained.protocol, trained.image_size)
-    classes = checkpoint["model"]["classifier.bias"].shape[0]
-    if len(data.classes) != classes:
-        raise DataError(f"{data.source} has {len(data.classes)} classes, the network of {config.run} has {classes}")
-    network = build_network(trained, genotype, classes)
+    if (classes := checkpoint["data"]["classes"]) != list(data.classes):
+        names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        raise DataError(f"{data.source} has other classes than the {len(classes)} that {config.run} was trained on: {names}")
+    network = build_network(trained, genotype, len(classes))
     network.load_state_dict(checkpoint["model"])
     network.to(device, memory_format=torch.channels_last)
     images = data.test if config.limit is None else data.test.limited(config.limit)

@@ -1,6 +1,7 @@
 """Retraining: the network that a genotype describes, from scratch, tested once at the end."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from fpdarts.count import count
 from fpdarts.data import Loader, augmentation, open_data
 from fpdarts.evaluate import build_network
 from fpdarts.genotype import find
-from fpdarts.run import Run, default_directory, newest_checkpoint, restore_random_state
+from fpdarts.run import Run
 from fpdarts.training import Meter, Progress, autocast, evaluate_model, require_finite, select_amp, select_device
 
 
@@ -33,57 +34,35 @@ def retrain(config: RetrainConfig) -> dict:
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
     _try_out(config, genotype, data)
+    run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
+    genotype.save(run.path / "genotype.json")
 
-    first_epoch = 0
-    if config.resume:
-        run, checkpoint = Run.resume(config.out)
-        if checkpoint is not None:
-            first_epoch = checkpoint["epoch"] + 1
-            network.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            restore_random_state(checkpoint["random"])
-    else:
-        out = config.out or default_directory("retrain", data.source)
-        run = Run.create(out, "retrain", configuration.as_dict(config))
-        genotype.save(run.path / "genotype.json")
-
-    top5 = data.protocol == "imagenet"
-    steps = len(train_loader)
+    top5, steps = data.protocol == "imagenet", len(train_loader)
     progress = Progress(config.epochs, steps, first_epoch)
     for epoch in range(first_epoch, config.epochs):
-        progress.start_epoch()
-        rate = learning_rate(config, epoch)
+        meter, rate = Meter(top5), learning_rate(config, epoch)
+        check = partial(require_finite, meter, epoch * steps, rate, run.path)
         optimizer.param_groups[0]["lr"] = rate
         drop_path = config.drop_path * epoch / config.epochs
         network.train()
-        meter = Meter(top5)
-
-        def check():
-            require_finite(meter, epoch * steps, rate, newest_checkpoint(run.path), device)
-
+        progress.start_epoch()
         for batch in train_loader.epoch(epoch):
             loss, logits = _step(network, optimizer, batch, drop_path, config)
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()
-        metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, "seconds": progress.seconds()}
-        metrics["images_per_second"] = meter.images / metrics["seconds"]
+        metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, **progress.speed(meter)}
         if holdout_loader is not None:
-            validated = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
-            metrics |= evaluate_model(network, holdout_loader, config.amp, top5, "valid", skip=not validated)
+            due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
+            metrics |= evaluate_model(network, holdout_loader, config.amp, top5, "valid", not due)
         run.write_epoch(metrics)
-        run.write_checkpoint(epoch, {"model": network.state_dict(), "optimizer": optimizer.state_dict()})
         progress.end_epoch(metrics)
     progress.close()
 
-    result = {"run": str(run.path), "amp": config.amp, "device": str(device)}
-    result |= {k: v for k, v in run.metrics[-1].items() if k.startswith(("train_", "valid_"))}
+    result = {"amp": config.amp, "device": str(device)}
+    result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
     result |= evaluate_model(network, test_loader, config.amp, top5, "test")
-    result |= count(network, data.image_size)
-    result["seconds"] = sum(line["seconds"] for line in run.metrics)
-    run.write_json("result.json", result)
-    run.close()
-    return result
+    return run.write_result({**result, **count(network, data.image_size)})
 
 
 def _loaders(config, data, device):

@@ -17,10 +17,12 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 
 import torch
 
+from fpdarts.config import as_dict
 from fpdarts.errors import RunError
 
 
@@ -39,24 +41,42 @@ def _replacing(path: Path):
         raise
 
 
-def default_directory(command: str, data: str) -> Path:
-    return Path("runs") / f"{command}-{Path(data).name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
 class Run:
-    """One run directory, open for writing. ``Run.create`` starts a new one, ``Run.resume`` goes on with another."""
+    """One run directory, open for writing."""
 
     def __init__(self, path: Path, metrics: list[dict]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.metrics = path, metrics
+        self.path, self.metrics, self._stateful, self._facts = path, metrics, {}, {}
         (path / "checkpoints").mkdir(exist_ok=True)
         self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=len(metrics))
 
     @classmethod
+    def open(cls, command: str, config, data, stateful: dict) -> tuple["Run", int]:
+        """The run of a resolved configuration, and the epoch it starts with: a new one, or with ``config.resume`` the one
+        in ``config.out``, whose newest readable checkpoint is then loaded into ``stateful``.
+
+        stateful: name -> what has state_dict and load_state_dict. data: ImageData, which must be what it was.
+        """
+        facts = {"classes": list(data.classes), "training_images": len(data.train)}
+        if not config.resume:
+            out = config.out or Path("runs") / f"{command}-{Path(data.source).name}-{datetime.now():%Y%m%d-%H%M%S}"
+            run, first_epoch = cls.create(Path(out), command, as_dict(config)), 0
+        else:
+            run, checkpoint = cls.resume(Path(config.out))
+            first_epoch = len(run.metrics)
+            if checkpoint is not None:
+                if checkpoint["data"] != facts:
+                    raise RunError(f"{data.source} is not the data that the run in {config.out} began with; restore them")
+                for name, item in stateful.items():
+                    item.load_state_dict(checkpoint[name])
+                restore_random_state(checkpoint["random"])
+        run._stateful, run._facts = stateful, facts
+        return run, first_epoch
+
+    @classmethod
     def create(cls, path: Path, command: str, config: dict) -> "Run":
-        """Raises RunError if the directory holds anything."""
-        path = Path(path)
+        """A new run. Raises RunError if the directory holds anything."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
                 f"{path} is not an empty directory: a run never overwrites another; choose a new --out, or add --resume"
@@ -69,7 +89,6 @@ class Run:
     @classmethod
     def resume(cls, path: Path) -> tuple["Run", dict | None]:
         """The run and its newest readable checkpoint; None if it was stopped before the first one."""
-        path = Path(path)
         checkpoint = load_checkpoint(path, missing_ok=True)
         done = 0 if checkpoint is None else checkpoint["epoch"] + 1
         metrics = read_metrics(path)
@@ -82,26 +101,31 @@ class Run:
             file.write((json.dumps(content, indent=2) + "\n").encode())
 
     def write_epoch(self, metrics: dict):
-        """Append an epoch's metrics; numbers among them go to TensorBoard too."""
-        self.metrics.append(metrics)
+        """Save an epoch's metrics, then a checkpoint of all that a resumed run needs; the previous one stays.
+
+        A number that is infinite or none becomes null: JSON has no word for it.
+        """
+        epoch = metrics["epoch"]
+        self.metrics.append({k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()})
         with _replacing(self.path / "metrics.jsonl") as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in self.metrics)
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "epoch":
-                self._tensorboard.add_scalar(name, value, metrics["epoch"])
+                self._tensorboard.add_scalar(name, value, epoch)
         self._tensorboard.flush()
 
-    def write_checkpoint(self, epoch: int, state: dict):
-        """Save what a resumed run needs after this epoch, with the random states; the previous checkpoint stays."""
-        folder = self.path / "checkpoints"
-        with _replacing(folder / f"epoch-{epoch:04d}.pt") as file:
-            torch.save({"epoch": epoch, "random": _random_state(), **state}, file)
+        state = {name: item.state_dict() for name, item in self._stateful.items()}
+        with _replacing(self.path / "checkpoints" / f"epoch-{epoch:04d}.pt") as file:
+            torch.save({"epoch": epoch, "data": self._facts, "random": _random_state(), **state}, file)
         for _, old in _checkpoints(self.path)[2:]:
             old.unlink()
 
-    def close(self):
+    def write_result(self, result: dict) -> dict:
+        """result.json, with the run's path and its seconds of training; returned."""
+        result = {"run": str(self.path), **result, "seconds": sum(line["seconds"] for line in self.metrics)}
+        self.write_json("result.json", result)
         self._tensorboard.close()
-
+        return result
 
 def version() -> str:
     from importlib.metadata import PackageNotFoundError

@@ -3,6 +3,7 @@
 import itertools
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from fpdarts.architect import Architect, frozen
 from fpdarts.config import SearchConfig, learning_rate
 from fpdarts.data import Loader, augmentation, open_data
 from fpdarts.gates import GateSampler
-from fpdarts.run import Run, default_directory, newest_checkpoint, restore_random_state
-from fpdarts.supernet import SuperNet
+from fpdarts.run import Run
+from fpdarts.supernet import ARCHITECTURE, SuperNet
 from fpdarts.training import (
     Meter,
     Progress,
@@ -33,7 +34,7 @@ def search(config: SearchConfig) -> dict:
     NonFiniteLoss when training diverges.
     """
     device = select_device(config.device)
-    kernels.backend(config.kernels, device.type)  # fails here, with the reason, rather than after the data is read
+    backend = kernels.backend(config.kernels, device.type)  # fails now, with the reason, not after the data is read
     data = open_data(config.data, config.protocol, config.image_size)
     config = configuration.resolved(replace(config, amp=select_amp(config.amp, device)), data.protocol)
     weight_loader, architecture_loader, validation_loader = _loaders(config, data, device)
@@ -41,56 +42,22 @@ def search(config: SearchConfig) -> dict:
     torch.manual_seed(config.seed)
     model = build_supernet(config, len(data.classes)).to(device, memory_format=torch.channels_last)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=config.seed)
-    weight_optimizer = torch.optim.SGD(
-        model.weight_parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
-    )
-    architecture_optimizer = torch.optim.Adam(
-        model.architecture_parameters(),
-        config.architecture_learning_rate,
-        betas=(0.5, 0.999),
-        weight_decay=config.architecture_weight_decay,
-    )
-    architect = Architect(
-        model,
-        architecture_optimizer,
-        F.cross_entropy,
-        clip=config.architecture_clip or None,
-        weight_optimizer=weight_optimizer if config.unrolled else None,
-        step_size=config.unrolled_step_size,
-        autocast=lambda: autocast(config.amp, device),
-    )
+    weight_optimizer, architect = _optimizers(config, model, device)
     _try_out(model, data.image_size, gates, device)
-
-    stateful = {
-        "model": model, "weight_optimizer": weight_optimizer, "architecture_optimizer": architecture_optimizer, "gates": gates,
-    }  # fmt: skip
-    first_epoch = 0
-    if config.resume:
-        run, checkpoint = Run.resume(config.out)
-        if checkpoint is not None:
-            first_epoch = checkpoint["epoch"] + 1
-            for name, item in stateful.items():
-                item.load_state_dict(checkpoint[name])
-            restore_random_state(checkpoint["random"])
-    else:
-        out = config.out or default_directory("search", data.source)
-        run = Run.create(out, "search", configuration.as_dict(config))
+    stateful = {"model": model, "gates": gates}
+    stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
+    run, first_epoch = Run.open("search", config, data, stateful)
     if config.gates == "fixed":
         _report_untrained(model, gates)
 
-    top5 = data.protocol == "imagenet"
-    steps = len(weight_loader)
+    top5, steps = data.protocol == "imagenet", len(weight_loader)
     progress = Progress(config.epochs, steps, first_epoch)
     for epoch in range(first_epoch, config.epochs):
-        progress.start_epoch()
-        rate = learning_rate(config, epoch)
+        meter, rate = Meter(top5), learning_rate(config, epoch)
+        check = partial(require_finite, meter, epoch * steps, rate, run.path)
         weight_optimizer.param_groups[0]["lr"] = rate
         model.train()
-        meter = Meter(top5)
-
-        def check():
-            require_finite(meter, epoch * steps, rate, newest_checkpoint(run.path), device)
-
+        progress.start_epoch()
         held_out = _endless(architecture_loader, epoch * -(-steps // len(architecture_loader)))
         for batch in weight_loader.epoch(epoch):
             if epoch >= config.architecture_from:
@@ -99,29 +66,19 @@ def search(config: SearchConfig) -> dict:
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()
-        metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, "seconds": progress.seconds()}
-        metrics["images_per_second"] = meter.images / metrics["seconds"]
+        metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, **progress.speed(meter)}
 
-        validated = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
-        metrics |= evaluate_model(
-            model, validation_loader, config.amp, top5, "valid", skip=not validated, arguments=(gates.expected(),)
-        )
-        for name in ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"):
-            metrics[name] = getattr(model, name).tolist()
+        due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
+        metrics |= evaluate_model(model, validation_loader, config.amp, top5, "valid", not due, (gates.expected(),))
+        metrics |= {name: getattr(model, name).tolist() for name in ARCHITECTURE}
         model.genotype().save(run.path / "genotype.json")
         run.write_epoch(metrics)
-        run.write_checkpoint(epoch, {name: item.state_dict() for name, item in stateful.items()})
         progress.end_epoch(metrics)
     progress.close()
 
-    genotype = model.genotype()
-    genotype.save(run.path / "genotype.json")
-    result = {"run": str(run.path), "kernels": config.kernels, "amp": config.amp, "device": str(device)}
-    result |= {k: v for k, v in run.metrics[-1].items() if k.startswith(("train_", "valid_"))}
-    result["seconds"] = sum(line["seconds"] for line in run.metrics)
-    run.write_json("result.json", {**result, "genotype": genotype.to_dict()})
-    run.close()
-    return {**result, "genotype": genotype.to_dict()}
+    result = {"kernels": backend.__name__.rpartition(".")[2], "amp": config.amp, "device": str(device)}
+    result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
+    return run.write_result({**result, "genotype": model.genotype().to_dict()})
 
 
 def build_supernet(config: SearchConfig, num_classes: int) -> SuperNet:
@@ -155,6 +112,29 @@ def _loaders(config, data, device):
         loader(architecture_images, augment, 2 * config.seed + 1),
         loader(architecture_images, None, 0),
     )
+
+
+def _optimizers(config, model, device):
+    """SGD of the weights, and the architect with its Adam."""
+    sgd = torch.optim.SGD(
+        model.weight_parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
+    )
+    adam = torch.optim.Adam(
+        model.architecture_parameters(),
+        config.architecture_learning_rate,
+        betas=(0.5, 0.999),
+        weight_decay=config.architecture_weight_decay,
+    )
+    architect = Architect(
+        model,
+        adam,
+        F.cross_entropy,
+        clip=config.architecture_clip or None,
+        weight_optimizer=sgd if config.unrolled else None,
+        step_size=config.unrolled_step_size,
+        autocast=partial(autocast, config.amp, device),
+    )
+    return sgd, architect
 
 
 def _endless(loader, first_pass):

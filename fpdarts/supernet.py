@@ -16,6 +16,7 @@ from fpdarts.space import DEFAULT_SUBSETS, reduction_cells, validate_subsets
 
 STEMS = ("cifar", "imagenet")
 WEIGHTINGS = ("sigmoid", "softmax")
+ARCHITECTURE = ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce")  # the architecture's parameters
 _MOMENTUM = 0.1  # of running statistics, as torch.nn.BatchNorm2d
 
 
@@ -93,8 +94,8 @@ class SuperNet(nn.Module):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; choose one of: {', '.join(WEIGHTINGS)}")
         kernel_backends.validate(kernels)
-        for name, value in (("num_classes", num_classes), ("init_channels", init_channels), ("cells", cells), ("nodes", nodes)):
-            if value < 1:
+        for name in ("num_classes", "init_channels", "cells", "nodes"):
+            if (value := locals()[name]) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.kernels, self.weighting, self.nodes = kernels, weighting, nodes
         self.subsets = validate_subsets(subsets)
@@ -125,12 +126,11 @@ class SuperNet(nn.Module):
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         """alpha and beta, of normal and of reduction cells."""
-        return [self.alpha_normal, self.alpha_reduce, self.beta_normal, self.beta_reduce]
+        return [getattr(self, name) for name in ARCHITECTURE]
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """All parameters but alpha and beta."""
-        architecture = {id(p) for p in self.architecture_parameters()}
-        return [p for p in self.parameters() if id(p) not in architecture]
+        return [parameter for name, parameter in self.named_parameters() if name not in ARCHITECTURE]
 
     def mixing_weights(self, kind: str) -> tuple[Tensor, Tensor]:
         """Activated alpha (edges, operations) and beta (edges,) of ``normal`` or ``reduce`` cells."""

@@ -3,12 +3,14 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fpdarts.errors import NonFiniteLoss
+from fpdarts.run import newest_checkpoint
 
 
 def select_device(name: str) -> torch.device:
@@ -78,8 +80,10 @@ class Progress:
     def start_epoch(self):
         self._epoch_start = time.perf_counter()
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self._epoch_start
+    def speed(self, meter: Meter) -> dict[str, float]:
+        """{seconds, images_per_second} of the epoch so far."""
+        seconds = time.perf_counter() - self._epoch_start
+        return {"seconds": seconds, "images_per_second": meter.images / seconds}
 
     def step(self, epoch: int, meter: Meter, check: Callable[[], None]):
         """After every step; looks at the sums, and calls check, twice a second."""
@@ -92,7 +96,7 @@ class Progress:
         if self._bar is not None:
             now = meter.read("train")
             self._bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
-            speed = f"{meter.images / self.seconds():.0f} images/s"
+            speed = f"{self.speed(meter)['images_per_second']:.0f} images/s"
             self._bar.set_postfix_str(f"loss {now['train_loss']:.3f}, accuracy {now['train_accuracy']:.1%}, {speed}")
 
     def end_epoch(self, metrics: dict):
@@ -116,14 +120,15 @@ class Progress:
             self._bar.close()
 
 
-def require_finite(meter: Meter, steps_before: int, learning_rate: float, checkpoint, device):
+def require_finite(meter: Meter, steps_before: int, learning_rate: float, run: Path):
     """Raises NonFiniteLoss if any loss of the epoch so far is infinite or not a number."""
     bad = meter.first_non_finite()
     if bad is not None:
+        checkpoint = newest_checkpoint(run)
         last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         raise NonFiniteLoss(
-            f"the loss became infinite or not a number at step {steps_before + bad} (step {bad} of its epoch), learning rate "
-            f"{learning_rate:g}; {last}. Start anew with a lower --learning-rate, or on {device} without --amp bf16"
+            f"the loss became infinite or not a number at step {steps_before + bad} (step {bad} of its epoch), learning "
+            f"rate {learning_rate:g}; {last}. Start anew with a lower --learning-rate, or with --amp off"
         )
 
 

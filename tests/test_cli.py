@@ -72,7 +72,7 @@ def test_a_search_leaves_a_complete_run_directory(searched):
     assert metrics[0]["alpha_normal"] != metrics[2]["alpha_normal"]
     assert list((searched / "tensorboard").iterdir())
     checkpoint = load_checkpoint(searched)
-    assert checkpoint.keys() == {"epoch", "random", "model", "weight_optimizer", "architecture_optimizer", "gates"}
+    assert checkpoint.keys() == {"epoch", "data", "random", "model", "weight_optimizer", "architecture_optimizer", "gates"}
     assert {"alpha_normal", "beta_reduce"} <= checkpoint["model"].keys()
 
 

@@ -35,14 +35,13 @@ def written(path, epochs):
     run = Run.create(path, "search", {"x": 1})
     for epoch in range(epochs):
         run.write_epoch({"epoch": epoch, "train_loss": 1.0, "valid_loss": None})
-        run.write_checkpoint(epoch, {"value": torch.tensor(epoch)})
     return run
 
 
 def test_the_newest_checkpoint_and_the_one_before_are_kept(tmp_path):
     run = written(tmp_path / "run", 4)
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["epoch-0002.pt", "epoch-0003.pt"]
-    assert runs.load_checkpoint(run.path)["value"] == 3
+    assert runs.load_checkpoint(run.path)["epoch"] == 3
 
 
 def test_an_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
@@ -87,3 +86,9 @@ def test_random_states_come_back(tmp_path):
     torch.rand(5), random.random()
     runs.restore_random_state(runs.load_checkpoint(run.path)["random"])
     assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
+
+
+def test_metrics_are_json_even_where_a_loss_is_none(tmp_path):
+    run = written(tmp_path / "run", 1)
+    run.write_epoch({"epoch": 1, "train_loss": 1.0, "valid_loss": float("inf")})
+    assert runs.read_metrics(run.path)[1]["valid_loss"] is None
