@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fpdarts.cli import main
 from fpdarts.run import load_checkpoint, read_metrics
@@ -208,6 +209,53 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(command, tmp_path):
     timing = {"seconds", "images_per_second"}
     for a, b in zip(read_metrics(killed), read_metrics(whole), strict=True):
         compare("metrics", {k: v for k, v in a.items() if k not in timing}, {k: v for k, v in b.items() if k not in timing})
+
+
+def write_images(folder, size, per_class):
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            (folder / part / label).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(folder / part / label / f"{i}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "size, protocol, options",
+    [((32, 32), "cifar", []), ((80, 70), "imagenet", ["--image-size", "64", "--workers", "0"])],
+    ids=["cifar", "imagenet"],
+)
+def test_image_folders_are_searched_and_retrained(tmp_path, capsys, size, protocol, options):
+    data = write_images(tmp_path / "data", size, 8)
+    small = "--init-channels 4 --cells 3 --batch-size 8 --epochs 2".split() + options
+    halves = ["--weight-fraction", "0.5", "--architecture-fraction", "0.5"]
+    status, _, err = run(capsys, "search", "--data", data, "--out", tmp_path / "s", *small, *halves)
+    assert status == 0, err
+    metrics = read_metrics(tmp_path / "s")[-1]
+    assert ("valid_top5_accuracy" in metrics) == (protocol == "imagenet")
+    auxiliary = [] if protocol == "cifar" else ["--auxiliary-weight", "0"]  # its head needs 224 pixels
+    status, _, err = run(capsys, "retrain", "--data", data, "--genotype", tmp_path / "s", "--out", tmp_path / "t", *small, *auxiliary)
+    assert status == 0, err
+    result = json.loads((tmp_path / "t" / "result.json").read_text())
+    assert ("test_top5_accuracy" in result) == (protocol == "imagenet")
+    config = json.loads((tmp_path / "t" / "config.json").read_text())
+    assert config["protocol"] == protocol
+
+    (data / "train" / "cat" / "0.jpg").unlink()
+    status, _, err = run(capsys, "search", "--data", data, "--out", tmp_path / "s", "--resume")
+    assert status == 1 and "is not the data that the run" in err
+    for part in ("train", "val"):
+        (data / part / "dog").rename(data / part / "wolf")
+    status, _, err = run(capsys, "evaluate", "--run", tmp_path / "t")
+    assert status == 1 and "has other classes" in err and "cat, dog" in err
+
+
+def test_ci_runs_the_readmes_second_command():
+    readme = (ROOT / "README.md").read_text()
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert f"    {command}\n" in readme
 
 
 def test_genotype_commands(tmp_path, capsys):
