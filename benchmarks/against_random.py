@@ -37,7 +37,9 @@ def main(options: Options) -> dict:
         found, drawn = out / f"search-{seed}", out / f"random-{seed}.json"
         if not (found / "result.json").exists():
             search(
-                SearchConfig(data=options.data, out=str(found), seed=seed, epochs=options.search_epochs, validate_every=1000)
+                SearchConfig(
+                    data=options.data, out=str(found), seed=seed, epochs=options.search_epochs, validate_every=1000
+                )
             )
         random_genotype(random.Random(seed)).save(drawn)
         for side, genotype in (("found", found), ("random", drawn)):
@@ -45,7 +47,11 @@ def main(options: Options) -> dict:
             if not (run / "result.json").exists():
                 retrain(
                     RetrainConfig(
-                        data=options.data, genotype=str(genotype), out=str(run), seed=seed, epochs=options.retrain_epochs
+                        data=options.data,
+                        genotype=str(genotype),
+                        out=str(run),
+                        seed=seed,
+                        epochs=options.retrain_epochs,
                     )
                 )
             accuracies[side].append(json.loads((run / "result.json").read_text())["test_accuracy"])

@@ -86,16 +86,14 @@ class Architect:
         return list(gradients), loss.detach(), logits.detach()
 
     def _second_order(self, validation, train, gates):
-        """d/d alpha of L_val(w - eta * dL_train/dw, alpha); the mixed derivative by a central difference (DARTS, eq. 8)."""
+        """d/d alpha of L_val(w - eta * dL_train/dw, alpha); the mixed derivative by a central difference."""
         architecture = self.model.architecture_parameters()
         weights = {n: p for n, p in self.model.named_parameters() if n not in ARCHITECTURE}
         names, current = list(weights), list(weights.values())
         (group,) = self.weight_optimizer.param_groups
         eta, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
 
-        gradients = torch.autograd.grad(
-            self._loss_at(weights, train, gates)[0], current, materialize_grads=True
-        )
+        gradients = torch.autograd.grad(self._loss_at(weights, train, gates)[0], current, materialize_grads=True)
         virtual = {}
         for name, weight, gradient in zip(names, current, gradients):
             update = gradient + decay * weight.detach()

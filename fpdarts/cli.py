@@ -84,7 +84,9 @@ _MAY_CHANGE = {"resume", "json", "out", "device", "workers", "kernels"}
 def main(arguments: list[str] | None = None):
     """Exit status: 0 done, 1 an error of this project's own (one line on standard error), 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = tyro.cli(Command, prog="fpdarts", description=_DESCRIPTION, args=arguments, config=(*_CONF, tyro.conf.FlagCreatePairsOff))
+    command = tyro.cli(
+        Command, prog="fpdarts", description=_DESCRIPTION, args=arguments, config=(*_CONF, tyro.conf.FlagCreatePairsOff)
+    )
     try:
         _run(command, arguments)
     except (ValueError, OSError, RunError, NonFiniteLoss, BackendUnavailable) as error:
@@ -127,7 +129,9 @@ def _as_saved(command, arguments):
         old, new = getattr(saved, field.name), getattr(asked, field.name)
         if old != new and field.name not in _MAY_CHANGE:
             flag = field.name.replace("_", "-")
-            raise RunError(f"--{flag} {new} would change the run in {command.out}, which has {old}; leave it out to resume")
+            raise RunError(
+                f"--{flag} {new} would change the run in {command.out}, which has {old}; leave it out to resume"
+            )
     return asked
 
 

@@ -193,7 +193,9 @@ def _check(config):
         for field in ("weight_fraction", "architecture_fraction"):
             require(0 < getattr(config, field) < 1, field, "between 0 and 1")
         together = config.weight_fraction + config.architecture_fraction
-        require(together < 1 + 1e-9, "architecture_fraction", f"at most 1 - {config.weight_fraction} (--weight-fraction)")
+        require(
+            together < 1 + 1e-9, "architecture_fraction", f"at most 1 - {config.weight_fraction} (--weight-fraction)"
+        )
         require(config.architecture_from >= 0, "architecture_from", "at least 0")
         require(config.unrolled_step_size > 0, "unrolled_step_size", "positive")
     else:
@@ -203,7 +205,7 @@ def _check(config):
 
 
 def learning_rate(config: SearchConfig | RetrainConfig, epoch: int) -> float:
-    """Of the weights in an epoch, 0-based: a cosine, or on ImageNet a warm-up followed by a cosine (search) or a line."""
+    """Of the weights in an epoch, 0-based: a cosine; on ImageNet after a warm-up, and a line where it retrains."""
     epochs, highest = config.epochs, config.learning_rate
     cosine = highest * (1 + math.cos(math.pi * epoch / epochs)) / 2
     if config.protocol != "imagenet":

@@ -40,8 +40,9 @@ def count(network: nn.Module, image_size: int) -> dict[str, int]:
     return {"parameters": parameters, "macs": macs}
 
 
-def count_genotype(genotype: Genotype, stem: str, init_channels: int, cells: int,
-                   num_classes: int | None = None) -> dict[str, int]:
+def count_genotype(
+    genotype: Genotype, stem: str, init_channels: int, cells: int, num_classes: int | None = None
+) -> dict[str, int]:
     """count of a genotype's network, for 32x32 images and 10 classes (stem "cifar") or 224x224 and 1000 ("imagenet").
 
     Raises ValueError as DerivedNetwork does.

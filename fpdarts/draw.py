@@ -91,9 +91,7 @@ def _layout(edges: tuple, concat: tuple[int, ...]) -> tuple[list[_Place], list[l
     last = 2 * (1 + max(depth))
 
     names = ["$c_{k-2}$", "$c_{k-1}$", *map(str, range(nodes))]
-    states = [
-        _Place(2 * depth[i], STATE_HEIGHT, name, "input" if i < 2 else "node") for i, name in enumerate(names)
-    ]
+    states = [_Place(2 * depth[i], STATE_HEIGHT, name, "input" if i < 2 else "node") for i, name in enumerate(names)]
     output = _Place(last, STATE_HEIGHT, "$c_k$", "output")
     places = [*states, output]
     chains = []
@@ -234,23 +232,47 @@ def _paint(axes, places: list[_Place], chains: list[list[_Place]], shift: float)
     for chain in chains:
         label = next((place for place in chain if place.kind == "label"), None)
         colour = _colour(label.text) if label else MUTED
-        axes.add_patch(FancyArrowPatch(
-            path=_curve(chain, shift, level), arrowstyle="-|>,head_length=5,head_width=2.6", color=colour,
-            linewidth=1.3, shrinkA=0, shrinkB=0, joinstyle="miter", capstyle="butt", zorder=1,
-        ))
+        axes.add_patch(
+            FancyArrowPatch(
+                path=_curve(chain, shift, level),
+                arrowstyle="-|>,head_length=5,head_width=2.6",
+                color=colour,
+                linewidth=1.3,
+                shrinkA=0,
+                shrinkB=0,
+                joinstyle="miter",
+                capstyle="butt",
+                zorder=1,
+            )
+        )
         if label:
             axes.text(
-                label.column * COLUMN_WIDTH, label.y + shift, label.text, fontsize=8.5, color=colour, ha="center",
-                va="center", zorder=2, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
+                label.column * COLUMN_WIDTH,
+                label.y + shift,
+                label.text,
+                fontsize=8.5,
+                color=colour,
+                ha="center",
+                va="center",
+                zorder=2,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
             )
     for place in places:
         if place.kind not in STATE_COLOURS:
             continue
         x, y, half = place.column * COLUMN_WIDTH, place.y + shift, STATE_WIDTH / 2
-        axes.add_patch(FancyBboxPatch(
-            (x - half, y - 0.19), 2 * half, 0.38, boxstyle="round,pad=0,rounding_size=0.1",
-            facecolor=STATE_COLOURS[place.kind], edgecolor=INK, linewidth=1.0, zorder=3,
-        ))
+        axes.add_patch(
+            FancyBboxPatch(
+                (x - half, y - 0.19),
+                2 * half,
+                0.38,
+                boxstyle="round,pad=0,rounding_size=0.1",
+                facecolor=STATE_COLOURS[place.kind],
+                edgecolor=INK,
+                linewidth=1.0,
+                zorder=3,
+            )
+        )
         axes.text(x, y, place.text, fontsize=11, color=INK, ha="center", va="center", zorder=4)
 
 

@@ -20,7 +20,9 @@ def evaluate(config: EvaluateConfig) -> dict:
     data = open_data(config.data or trained.data, trained.protocol, trained.image_size)
     if (classes := checkpoint["data"]["classes"]) != list(data.classes):
         names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-        raise DataError(f"{data.source} has other classes than the {len(classes)} that {config.run} was trained on: {names}")
+        raise DataError(
+            f"{data.source} has other classes than the {len(classes)} that {config.run} was trained on: {names}"
+        )
     network = build_network(trained, genotype, len(classes))
     network.load_state_dict(checkpoint["model"])
     network.to(device, memory_format=torch.channels_last)

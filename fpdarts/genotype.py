@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from fpdarts.files import replacing
 from fpdarts.kernels.spec import OPERATIONS
 
 # ``none`` takes part in a search but cannot be derived.
@@ -74,16 +75,8 @@ class Genotype:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON, one node a line. The file appears whole or not at all. Raises OSError."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename within one file system
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(self._to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(self._to_json().encode())
 
     def _to_json(self) -> str:
         blocks = []
@@ -215,65 +208,97 @@ def _literal(name: str, node: ast.expr) -> object:
 PUBLISHED = {
     "DARTS_V1": Genotype(
         normal=(
-            ("sep_conv_3x3", 1), ("sep_conv_3x3", 0),
-            ("skip_connect", 0), ("sep_conv_3x3", 1),
-            ("skip_connect", 0), ("sep_conv_3x3", 1),
-            ("sep_conv_3x3", 0), ("skip_connect", 2),
+            ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 0),
+            ("skip_connect", 0),
+            ("sep_conv_3x3", 1),
+            ("skip_connect", 0),
+            ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 0),
+            ("skip_connect", 2),
         ),
         normal_concat=range(2, 6),
         reduce=(
-            ("max_pool_3x3", 0), ("max_pool_3x3", 1),
-            ("skip_connect", 2), ("max_pool_3x3", 0),
-            ("max_pool_3x3", 0), ("skip_connect", 2),
-            ("skip_connect", 2), ("avg_pool_3x3", 0),
+            ("max_pool_3x3", 0),
+            ("max_pool_3x3", 1),
+            ("skip_connect", 2),
+            ("max_pool_3x3", 0),
+            ("max_pool_3x3", 0),
+            ("skip_connect", 2),
+            ("skip_connect", 2),
+            ("avg_pool_3x3", 0),
         ),
         reduce_concat=range(2, 6),
     ),
     "DARTS_V2": Genotype(
         normal=(
-            ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
-            ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
-            ("sep_conv_3x3", 1), ("skip_connect", 0),
-            ("skip_connect", 0), ("dil_conv_3x3", 2),
+            ("sep_conv_3x3", 0),
+            ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 0),
+            ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 1),
+            ("skip_connect", 0),
+            ("skip_connect", 0),
+            ("dil_conv_3x3", 2),
         ),
         normal_concat=range(2, 6),
         reduce=(
-            ("max_pool_3x3", 0), ("max_pool_3x3", 1),
-            ("skip_connect", 2), ("max_pool_3x3", 1),
-            ("max_pool_3x3", 0), ("skip_connect", 2),
-            ("skip_connect", 2), ("max_pool_3x3", 1),
+            ("max_pool_3x3", 0),
+            ("max_pool_3x3", 1),
+            ("skip_connect", 2),
+            ("max_pool_3x3", 1),
+            ("max_pool_3x3", 0),
+            ("skip_connect", 2),
+            ("skip_connect", 2),
+            ("max_pool_3x3", 1),
         ),
         reduce_concat=range(2, 6),
     ),
     "PC_DARTS_cifar": Genotype(
         normal=(
-            ("sep_conv_3x3", 1), ("skip_connect", 0),
-            ("sep_conv_3x3", 0), ("dil_conv_3x3", 1),
-            ("sep_conv_5x5", 0), ("sep_conv_3x3", 1),
-            ("avg_pool_3x3", 0), ("dil_conv_3x3", 1),
+            ("sep_conv_3x3", 1),
+            ("skip_connect", 0),
+            ("sep_conv_3x3", 0),
+            ("dil_conv_3x3", 1),
+            ("sep_conv_5x5", 0),
+            ("sep_conv_3x3", 1),
+            ("avg_pool_3x3", 0),
+            ("dil_conv_3x3", 1),
         ),
         normal_concat=range(2, 6),
         reduce=(
-            ("sep_conv_5x5", 1), ("max_pool_3x3", 0),
-            ("sep_conv_5x5", 1), ("sep_conv_5x5", 2),
-            ("sep_conv_3x3", 0), ("sep_conv_3x3", 3),
-            ("sep_conv_3x3", 1), ("sep_conv_3x3", 2),
+            ("sep_conv_5x5", 1),
+            ("max_pool_3x3", 0),
+            ("sep_conv_5x5", 1),
+            ("sep_conv_5x5", 2),
+            ("sep_conv_3x3", 0),
+            ("sep_conv_3x3", 3),
+            ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 2),
         ),
         reduce_concat=range(2, 6),
     ),
     "PC_DARTS_image": Genotype(
         normal=(
-            ("skip_connect", 1), ("sep_conv_3x3", 0),
-            ("sep_conv_3x3", 0), ("skip_connect", 1),
-            ("sep_conv_3x3", 1), ("sep_conv_3x3", 3),
-            ("sep_conv_3x3", 1), ("dil_conv_5x5", 4),
+            ("skip_connect", 1),
+            ("sep_conv_3x3", 0),
+            ("sep_conv_3x3", 0),
+            ("skip_connect", 1),
+            ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 3),
+            ("sep_conv_3x3", 1),
+            ("dil_conv_5x5", 4),
         ),
         normal_concat=range(2, 6),
         reduce=(
-            ("sep_conv_3x3", 0), ("skip_connect", 1),
-            ("dil_conv_5x5", 2), ("max_pool_3x3", 1),
-            ("sep_conv_3x3", 2), ("sep_conv_3x3", 1),
-            ("sep_conv_5x5", 0), ("sep_conv_3x3", 3),
+            ("sep_conv_3x3", 0),
+            ("skip_connect", 1),
+            ("dil_conv_5x5", 2),
+            ("max_pool_3x3", 1),
+            ("sep_conv_3x3", 2),
+            ("sep_conv_3x3", 1),
+            ("sep_conv_5x5", 0),
+            ("sep_conv_3x3", 3),
         ),
         reduce_concat=range(2, 6),
     ),

@@ -90,8 +90,15 @@ class Cell(nn.Module):
     previous_reduces: state 0 is twice as large as state 1, and is brought down by a factorized reduction.
     """
 
-    def __init__(self, genotype: Genotype, channels_before: int, channels_previous: int, channels: int,
-                 reduction: bool, previous_reduces: bool):
+    def __init__(
+        self,
+        genotype: Genotype,
+        channels_before: int,
+        channels_previous: int,
+        channels: int,
+        reduction: bool,
+        previous_reduces: bool,
+    ):
         super().__init__()
         edges = genotype.reduce if reduction else genotype.normal
         self.reduction = reduction
@@ -199,8 +206,15 @@ class DerivedNetwork(nn.Module):
     Raises ValueError for an argument that makes no network.
     """
 
-    def __init__(self, genotype: Genotype, num_classes: int, init_channels: int = 36, cells: int = 20,
-                 stem: str = "cifar", auxiliary: bool = True):
+    def __init__(
+        self,
+        genotype: Genotype,
+        num_classes: int,
+        init_channels: int = 36,
+        cells: int = 20,
+        stem: str = "cifar",
+        auxiliary: bool = True,
+    ):
         super().__init__()
         if stem not in STEMS:
             raise ValueError(f"unknown stem {stem!r}; the stems are: {', '.join(STEMS)}")

@@ -1,21 +1,18 @@
 """The run directory: configuration, metrics, genotype and checkpoints, each written whole or not at all.
 
-    config.json      command, version and the resolved configuration
-    metrics.jsonl    an object an epoch
-    genotype.json    of a search: rewritten each epoch; of a retraining: what is trained
-    result.json      the end of the run
-    checkpoints/     epoch-0000.pt, ...: the newest and the one before it
-    tensorboard/     the same metrics, for plots
+config.json      command, version and the resolved configuration
+metrics.jsonl    an object an epoch
+genotype.json    of a search: rewritten each epoch; of a retraining: what is trained
+result.json      the end of the run
+checkpoints/     epoch-0000.pt, ...: the newest and the one before it
+tensorboard/     the same metrics, for plots
 """
 
 import json
-import os
 import pickle
 import random
 import re
 import sys
-import tempfile
-from contextlib import contextmanager
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -24,21 +21,7 @@ import torch
 
 from fpdarts.config import as_dict
 from fpdarts.errors import RunError
-
-
-@contextmanager
-def _replacing(path: Path):
-    """A binary file that takes the place of ``path`` when all of it is on disk, and never in part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+from fpdarts.files import replacing
 
 
 class Run:
@@ -53,8 +36,9 @@ class Run:
 
     @classmethod
     def open(cls, command: str, config, data, stateful: dict) -> tuple["Run", int]:
-        """The run of a resolved configuration, and the epoch it starts with: a new one, or with ``config.resume`` the one
-        in ``config.out``, whose newest readable checkpoint is then loaded into ``stateful``.
+        """The run of a resolved configuration, and the epoch it starts with.
+
+        A new run, or with ``config.resume`` the one in ``config.out``, whose newest readable checkpoint is then loaded.
 
         stateful: name -> what has state_dict and load_state_dict. data: ImageData, which must be what it was.
         """
@@ -67,7 +51,9 @@ class Run:
             first_epoch = len(run.metrics)
             if checkpoint is not None:
                 if checkpoint["data"] != facts:
-                    raise RunError(f"{data.source} is not the data that the run in {config.out} began with; restore them")
+                    raise RunError(
+                        f"{data.source} is not the data that the run in {config.out} began with; restore them"
+                    )
                 for name, item in stateful.items():
                     item.load_state_dict(checkpoint[name])
                 restore_random_state(checkpoint["random"])
@@ -93,11 +79,13 @@ class Run:
         done = 0 if checkpoint is None else checkpoint["epoch"] + 1
         metrics = read_metrics(path)
         if len(metrics) < done:
-            raise RunError(f"{path / 'metrics.jsonl'} has {len(metrics)} epochs, the checkpoint {done}: lines are missing")
+            raise RunError(
+                f"{path / 'metrics.jsonl'} has {len(metrics)} epochs, the checkpoint {done}: lines are missing"
+            )
         return cls(path, metrics[:done]), checkpoint
 
     def write_json(self, name: str, content: dict):
-        with _replacing(self.path / name) as file:
+        with replacing(self.path / name) as file:
             file.write((json.dumps(content, indent=2) + "\n").encode())
 
     def write_epoch(self, metrics: dict):
@@ -107,7 +95,7 @@ class Run:
         """
         epoch = metrics["epoch"]
         self.metrics.append({k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()})
-        with _replacing(self.path / "metrics.jsonl") as file:
+        with replacing(self.path / "metrics.jsonl") as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in self.metrics)
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "epoch":
@@ -115,7 +103,7 @@ class Run:
         self._tensorboard.flush()
 
         state = {name: item.state_dict() for name, item in self._stateful.items()}
-        with _replacing(self.path / "checkpoints" / f"epoch-{epoch:04d}.pt") as file:
+        with replacing(self.path / "checkpoints" / f"epoch-{epoch:04d}.pt") as file:
             torch.save({"epoch": epoch, "data": self._facts, "random": _random_state(), **state}, file)
         for _, old in _checkpoints(self.path)[2:]:
             old.unlink()
@@ -126,6 +114,7 @@ class Run:
         self.write_json("result.json", result)
         self._tensorboard.close()
         return result
+
 
 def version() -> str:
     from importlib.metadata import PackageNotFoundError

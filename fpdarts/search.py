@@ -165,7 +165,7 @@ def _try_out(model, image_size, gates, device):
 
 
 def _report_untrained(model, gates):
-    """With fixed gates some paths are closed in every cell of a kind: their alphas stay untrained near 0.5, yet compete."""
+    """With fixed gates some paths are closed in every cell of a kind: their alphas stay near 0.5, yet compete."""
     fixed = gates.sample()
     for kind, reduction in (("normal", False), ("reduction", True)):
         cells = [i for i, cell in enumerate(model.cells) if cell.spec.reduction == reduction]

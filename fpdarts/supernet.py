@@ -161,8 +161,8 @@ class SuperNet(nn.Module):
     def genotype(self) -> Genotype:
         """The discrete architecture that alpha and beta now prefer.
 
-        Of each node the two edges with the best score, activated alpha times activated beta of the edge's best operation
-        (``none`` excluded), better one first.
+        Of each node the two edges with the best score, better one first. The score of an edge is that of its best
+        operation, ``none`` excluded: activated alpha times activated beta.
         """
         edges, names = self.cells[0].spec.edges, self.cells[0].spec.operations
         chosen = {}

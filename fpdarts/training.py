@@ -127,8 +127,8 @@ def require_finite(meter: Meter, steps_before: int, learning_rate: float, run: P
         checkpoint = newest_checkpoint(run)
         last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         raise NonFiniteLoss(
-            f"the loss became infinite or not a number at step {steps_before + bad} (step {bad} of its epoch), learning "
-            f"rate {learning_rate:g}; {last}. Start anew with a lower --learning-rate, or with --amp off"
+            f"the loss became infinite or not a number at step {steps_before + bad} (step {bad} of its epoch), "
+            f"learning rate {learning_rate:g}; {last}. Start anew with a lower --learning-rate, or with --amp off"
         )
 
 

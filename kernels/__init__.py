@@ -135,7 +135,25 @@ def cell(
     gates: (edges, paths), best on the CPU; 0 closes a path: it is not computed, its gradient is zero.
     statistics: (mean, variance), each (rows, c), to normalize by in evaluation; None takes the batch's own.
     Returns (out (N, nodes*C, H', W'), Statistics of the batch or None in evaluation).
-    Raises ValueError for a size that a stride of 2 would not halve, and for inputs whose sizes do not fit each other.
+    Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, and for
+    inputs whose sizes do not fit each other.
     """
+    _check_shapes(spec, inputs, weights, operation_weights, edge_weights, gates)
     module = backend(kernels, inputs[0].device.type)
     return module.cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics)
+
+
+def _check_shapes(spec, inputs, weights, operation_weights, edge_weights, gates):
+    edges = len(spec.edges)
+    expected = {name: (weights.get(name), parameter.shape) for name, parameter in spec.parameters.items()}
+    expected["operation_weights"] = operation_weights, (edges, len(spec.operations))
+    expected["edge_weights"] = edge_weights, (edges,)
+    expected["gates"] = gates, (edges, spec.paths)
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            raise ValueError(f"weight {name} is missing; this cell needs {', '.join(spec.parameters)}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+    for i, (x, channels) in enumerate(zip(inputs, spec.input_channels, strict=True)):
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"input {i} must have shape (N, {channels}, H, W), not {tuple(x.shape)}")

@@ -117,7 +117,7 @@ class _Normalizer:
 def _operation(spec, name, x, source, opened, weights, coefficients, normalizer):
     """A candidate operation on the open edges that leave a source state, normalized and weighted.
 
-    x: (N, c, H, W), the path's slice. opened: which of the edges that leave the source. weights: packed, of this source.
+    x: (N, c, H, W), the path's slice. opened: which of the edges that leave the source. weights: its packed ones.
     coefficients: (opened,). Returns for each open edge (term (N, c, H', W'), coefficient still to be applied or None).
     """
     operation, stride, c = OPERATIONS[name], spec.stride(source), spec.slice_channels

@@ -83,7 +83,9 @@ class CellSpec:
 
     def __post_init__(self):
         if self.channels % self.partial:
-            raise ValueError(f"{self.channels} channels cannot be cut into {self.partial} equal slices (partial={self.partial})")
+            raise ValueError(
+                f"{self.channels} channels cannot be cut into {self.partial} equal slices (partial={self.partial})"
+            )
         if len(self.subsets) > self.partial:
             raise ValueError(f"{len(self.subsets)} paths need as many slices, but partial={self.partial}")
 
@@ -137,7 +139,7 @@ class CellSpec:
 
         ``<operation>_depthwise_<stage>``: (edges, k, k, c); ``<operation>_pointwise_<stage>``: (edges, c, c).
         ``skip_connect_even``, ``skip_connect_odd`` (reduction cells): (strided edges, c, c // 2) and (.., c - c // 2).
-        ``preprocess<i>``: (C_i, C); of a factorized reduction ``preprocess0_even``, ``preprocess0_odd``: half of C each.
+        ``preprocess<i>``: (C_i, C); a factorized one has ``preprocess0_even`` and ``preprocess0_odd``, half of C each.
         """
         c, rows, shapes = self.slice_channels, len(self.edges), {}
         for i, wide in enumerate(self.input_channels):

@@ -71,7 +71,9 @@ class MixedEdge(nn.Module):
         for p, operations in enumerate(self.paths):
             if gates[p] == 0:
                 continue
-            mixed = sum(weight * operation(slices[p]) for weight, operation in zip(alpha_weights[p], operations.values()))
+            mixed = sum(
+                weight * operation(slices[p]) for weight, operation in zip(alpha_weights[p], operations.values())
+            )
             full = torch.cat([mixed if s == p else bypass[s] for s in range(self.partial)], 1)
             n, channels, h, w = full.shape
             shuffled = full.view(n, self.partial, channels // self.partial, h, w).transpose(1, 2).reshape(full.shape)

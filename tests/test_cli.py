@@ -46,7 +46,10 @@ def retrained(searched):
 
 
 def test_help_waits_for_nothing_heavy():
-    code = "import sys\ntry:\n import fpdarts.cli as c; c.main(['--help'])\nfinally: print(sorted({'torch', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys\ntry:\n import fpdarts.cli as c; c.main(['--help'])\n"
+        "finally: print(sorted({'torch', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.rstrip().endswith("[]"), done.stdout
 
@@ -62,7 +65,11 @@ def test_a_search_leaves_a_complete_run_directory(searched):
     names = {path.name for path in searched.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "genotype.json", "result.json", "checkpoints", "tensorboard"}
     config = json.loads((searched / "config.json").read_text())
-    assert config["command"] == "search" and config["protocol"] == "digits" and None not in (config["amp"], config["epochs"])
+    assert (
+        config["command"] == "search"
+        and config["protocol"] == "digits"
+        and None not in (config["amp"], config["epochs"])
+    )
     metrics = read_metrics(searched)
     assert [line["epoch"] for line in metrics] == [0, 1, 2]
     for line in metrics:
@@ -73,7 +80,15 @@ def test_a_search_leaves_a_complete_run_directory(searched):
     assert metrics[0]["alpha_normal"] != metrics[2]["alpha_normal"]
     assert list((searched / "tensorboard").iterdir())
     checkpoint = load_checkpoint(searched)
-    assert checkpoint.keys() == {"epoch", "data", "random", "model", "weight_optimizer", "architecture_optimizer", "gates"}
+    assert checkpoint.keys() == {
+        "epoch",
+        "data",
+        "random",
+        "model",
+        "weight_optimizer",
+        "architecture_optimizer",
+        "gates",
+    }
     assert {"alpha_normal", "beta_reduce"} <= checkpoint["model"].keys()
 
 
@@ -98,8 +113,9 @@ def test_json_output_is_json_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [["--unrolled"], ["--gates", "fixed"], ["--gates", "both"], ["--amp", "bf16"], ["--partial", "4"], ["--weighting", "softmax"],
-     ["--kernels", "reference"], ["--nodes", "2", "--subsets", "sep_conv_3x3,none,skip_connect"]],
+    [["--unrolled"], ["--gates", "fixed"], ["--gates", "both"], ["--amp", "bf16"], ["--partial", "4"],
+     ["--weighting", "softmax"], ["--kernels", "reference"],
+     ["--nodes", "2", "--subsets", "sep_conv_3x3,none,skip_connect"]],
     ids=" ".join,
 )  # fmt: skip
 def test_options_of_a_search_have_their_effect(searched, tmp_path, capsys, options):
@@ -112,10 +128,28 @@ def test_options_of_a_search_have_their_effect(searched, tmp_path, capsys, optio
         assert "alphas stay untrained" in err
 
 
-@pytest.mark.parametrize("options", [["--drop-path", "0.3"], ["--label-smoothing", "0.1"], ["--weight-decay", "0.1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [["--drop-path", "0.3"], ["--label-smoothing", "0.1"], ["--weight-decay", "0.1"]], ids=" ".join
+)
 def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path, capsys, options):
     out = tmp_path / "r"
-    assert run(capsys, "retrain", "--genotype", searched, "--out", out, "--epochs", "2", "--holdout", "0.2", *TINY, *options)[0] == 0
+    assert (
+        run(
+            capsys,
+            "retrain",
+            "--genotype",
+            searched,
+            "--out",
+            out,
+            "--epochs",
+            "2",
+            "--holdout",
+            "0.2",
+            *TINY,
+            *options,
+        )[0]
+        == 0
+    )
     assert read_metrics(out)[-1]["train_loss"] != read_metrics(retrained)[-1]["train_loss"]
 
 
@@ -174,7 +208,9 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(command, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order
 
     def start(*more):
-        return subprocess.Popen([*arguments, *more], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*arguments, *more], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     victim = start("--out", killed)
@@ -203,12 +239,18 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(command, tmp_path):
         else:
             assert a == b, f"{name} differs"
 
-    compare("checkpoint", {k: v for k, v in ours.items() if k != "random"}, {k: v for k, v in theirs.items() if k != "random"})
+    compare(
+        "checkpoint",
+        {k: v for k, v in ours.items() if k != "random"},
+        {k: v for k, v in theirs.items() if k != "random"},
+    )
     assert torch.equal(ours["random"]["torch"], theirs["random"]["torch"])
     assert (killed / "genotype.json").read_text() == (whole / "genotype.json").read_text()
     timing = {"seconds", "images_per_second"}
     for a, b in zip(read_metrics(killed), read_metrics(whole), strict=True):
-        compare("metrics", {k: v for k, v in a.items() if k not in timing}, {k: v for k, v in b.items() if k not in timing})
+        compare(
+            "metrics", {k: v for k, v in a.items() if k not in timing}, {k: v for k, v in b.items() if k not in timing}
+        )
 
 
 def write_images(folder, size, per_class):
@@ -236,7 +278,9 @@ def test_image_folders_are_searched_and_retrained(tmp_path, capsys, size, protoc
     metrics = read_metrics(tmp_path / "s")[-1]
     assert ("valid_top5_accuracy" in metrics) == (protocol == "imagenet")
     auxiliary = [] if protocol == "cifar" else ["--auxiliary-weight", "0"]  # its head needs 224 pixels
-    status, _, err = run(capsys, "retrain", "--data", data, "--genotype", tmp_path / "s", "--out", tmp_path / "t", *small, *auxiliary)
+    status, _, err = run(
+        capsys, "retrain", "--data", data, "--genotype", tmp_path / "s", "--out", tmp_path / "t", *small, *auxiliary
+    )
     assert status == 0, err
     result = json.loads((tmp_path / "t" / "result.json").read_text())
     assert ("test_top5_accuracy" in result) == (protocol == "imagenet")
@@ -259,7 +303,19 @@ def test_ci_runs_the_readmes_second_command():
 
 
 def test_genotype_commands(tmp_path, capsys):
-    counted = run(capsys, "genotype", "count", "PC_DARTS_image", "--stem", "imagenet", "--init-channels", "48", "--cells", "14", "--json")
+    counted = run(
+        capsys,
+        "genotype",
+        "count",
+        "PC_DARTS_image",
+        "--stem",
+        "imagenet",
+        "--init-channels",
+        "48",
+        "--cells",
+        "14",
+        "--json",
+    )
     assert json.loads(counted[1]) == {"parameters": 5342464, "macs": 581627328}
     shown = json.loads(run(capsys, "genotype", "show", "DARTS_V2", "--json")[1])
     assert shown["normal_concat"] == [2, 3, 4, 5]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fpdarts.kernels.spec import OPERATIONS, CellSpec
 from torch import nn
 
 from fpdarts import kernels
-from fpdarts.kernels.spec import OPERATIONS, CellSpec
 from fpdarts.space import DEFAULT_SUBSETS
 
 
@@ -52,7 +52,9 @@ def test_stage(name, size, stride):
         torch.testing.assert_close(out[:, e * c : (e + 1) * c], expected, msg=lambda m: f"out of edge {e}: {m}")
     own = torch.cat([x.detach()] * edges, 1)
     torch.testing.assert_close(
-        out, kernels.stage(own, depthwise, pointwise, stride=stride, dilation=dilation), msg=lambda m: f"a slice an edge: {m}"
+        out,
+        kernels.stage(own, depthwise, pointwise, stride=stride, dilation=dilation),
+        msg=lambda m: f"a slice an edge: {m}",
     )
     small = [t.detach()[:1, ..., :2, :2].clone() if t is x else t for t in (x, depthwise, pointwise)]
     small[0].requires_grad_()
@@ -74,7 +76,9 @@ def test_factorized_reduction():
     assert out.shape == (2, 10, 2, 3)
     for e in range(2):
         parts = [torch.einsum("nihw,io->nohw", x.relu()[:, :, s::2, s::2], w[e]) for s, w in ((0, even), (1, odd))]
-        torch.testing.assert_close(out[:, 5 * e : 5 * e + 5], torch.cat(parts, 1), msg=lambda m: f"out of edge {e}: {m}")
+        torch.testing.assert_close(
+            out[:, 5 * e : 5 * e + 5], torch.cat(parts, 1), msg=lambda m: f"out of edge {e}: {m}"
+        )
     with pytest.raises(ValueError, match="factorized reduction.*3x4"):
         kernels.factorized_reduction(x[:, :, :3, :4], even, odd)
 
@@ -87,7 +91,9 @@ def test_normalize():
     torch.testing.assert_close(mean, module.running_mean, msg=lambda m: f"mean: {m}")
     torch.testing.assert_close(variance, module.running_var, msg=lambda m: f"variance: {m}")
     module.eval()
-    torch.testing.assert_close(kernels.normalize(raw, None, (mean, variance))[0], module(raw), msg=lambda m: f"given: {m}")
+    torch.testing.assert_close(
+        kernels.normalize(raw, None, (mean, variance))[0], module(raw), msg=lambda m: f"given: {m}"
+    )
 
 
 def test_node_sums_and_shuffles():
@@ -111,9 +117,24 @@ def test_the_packing_covers_each_edge_and_each_row_once():
         assert ("skip_connect_even" in spec.parameters) == reduction
 
 
-def test_inputs_that_do_not_fit_each_other_are_named():
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"inputs": (torch.ones(1, 4, 8, 8), torch.ones(1, 4, 4, 4))}, "8x8 and 4x4"),
+        ({"inputs": (torch.ones(1, 4, 8, 8), torch.ones(1, 6, 8, 8))}, r"input 1 must have shape \(N, 4, H, W\)"),
+        ({"weights": {}}, "weight preprocess0 is missing"),
+        ({"gates": torch.ones(14, 3)}, r"gates must have shape \(14, 2\), not \(14, 3\)"),
+        ({"operation_weights": torch.ones(14, 4)}, r"operation_weights must have shape \(14, 8\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
     spec = CellSpec(4, (4, 4), 2, DEFAULT_SUBSETS)
-    weights = {name: torch.zeros(p.shape) for name, p in spec.parameters.items()}
-    inputs = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 4, 4)
-    with pytest.raises(ValueError, match="8x8 and 4x4"):
-        kernels.cell(spec, inputs, weights, torch.ones(14, 8), torch.ones(14), torch.ones(14, 2))
+    arguments = {
+        "inputs": (torch.ones(1, 4, 8, 8), torch.ones(1, 4, 8, 8)),
+        "weights": {name: torch.zeros(p.shape) for name, p in spec.parameters.items()},
+        "operation_weights": torch.ones(14, 8),
+        "edge_weights": torch.ones(14),
+        "gates": torch.ones(14, 2),
+    }
+    with pytest.raises(ValueError, match=message):
+        kernels.cell(spec, **(arguments | change))

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from fpdarts import files
 from fpdarts import run as runs
 from fpdarts.errors import RunError
 from fpdarts.run import Run
@@ -24,7 +25,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(runs.os, "replace", fails)
+    monkeypatch.setattr(files.os, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
         run.write_json("result.json", {"a": 2})
     assert json.loads((run.path / "result.json").read_text()) == {"a": 1}

@@ -1,13 +1,13 @@
-"""A planted task: of all operations only one sees its own image, the others see another sample's. Its alpha must win."""
+"""A planted task: only one operation sees its own image, the others see another sample's. Its alpha must win."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fpdarts.kernels import reference
 
 from fpdarts import Architect, GateSampler, SuperNet
 from fpdarts.architect import frozen
 from fpdarts.data import Loader, augmentation, open_data
-from fpdarts.kernels import reference
 
 # without skip_connect, which is no kernel of its own at stride 1 and so cannot be spoiled
 SUBSETS = (("none", "max_pool_3x3", "sep_conv_3x3", "dil_conv_3x3"), ("avg_pool_3x3", "sep_conv_5x5", "dil_conv_5x5"))

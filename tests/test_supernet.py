@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fpdarts.kernels.spec import CellSpec
 from naive import NaiveCell, NaiveSuperNet
 
 from fpdarts import GateSampler, SuperNet
-from fpdarts.kernels.spec import CellSpec
 from fpdarts.space import DEFAULT_SUBSETS
 from fpdarts.supernet import Cell
 
@@ -29,7 +29,13 @@ def build(stem="cifar", partial=2, init_channels=8, cells=4, **options):
 def gates_of(kind, model):
     if kind == "sampled":
         return GateSampler(*model.gate_shape, seed=3).sample()
-    values = {"path 0 only": (1, 0), "path 1 only": (0, 1), "both": (1, 1), "expected": (2 / 3, 2 / 3), "uneven": (0.3, 1.7)}
+    values = {
+        "path 0 only": (1, 0),
+        "path 1 only": (0, 1),
+        "both": (1, 1),
+        "expected": (2 / 3, 2 / 3),
+        "uneven": (0.3, 1.7),
+    }
     return torch.tensor(values[kind]).expand(model.gate_shape).clone()
 
 
@@ -79,7 +85,16 @@ def test_other_numbers_of_nodes(nodes):
 
 
 def test_one_path_of_all_operations():
-    everything = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+    everything = (
+        "none",
+        "max_pool_3x3",
+        "avg_pool_3x3",
+        "skip_connect",
+        "sep_conv_3x3",
+        "sep_conv_5x5",
+        "dil_conv_3x3",
+        "dil_conv_5x5",
+    )
     model = build(subsets=(everything,), partial=4)
     compare(model, torch.ones(model.gate_shape), (8, 8))
 
@@ -149,7 +164,9 @@ def test_odd_sizes_at_stride_1(size, images):
     assert_close("out", out, expected)
     direction = torch.randn_like(out)
     for name, ours, theirs in zip(
-        ("d_input0", "d_input1"), torch.autograd.grad(out, inputs, direction), torch.autograd.grad(expected, copies, direction)
+        ("d_input0", "d_input1"),
+        torch.autograd.grad(out, inputs, direction),
+        torch.autograd.grad(expected, copies, direction),
     ):
         assert_close(name, ours, theirs, 1e-8)
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from fpdarts.data.cifar import LAYOUTS, find_cifar, load_cifar
-from fpdarts.data.folder import check_headers, decode, image_size as size_of, is_image_folder, list_folder
+from fpdarts.data.folder import check_headers, decode, is_image_folder, list_folder
+from fpdarts.data.folder import image_size as size_of
 from fpdarts.data.images import PROTOCOLS, DataError, ImageData, Images
 
 SMALL = 64  # a folder whose images are no larger is trained like CIFAR
