@@ -35,7 +35,11 @@ def retrain(config: RetrainConfig) -> dict:
     )
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
-    genotype.save(run.path / "genotype.json")
+    if not config.resume:
+        genotype.save(run.path / "genotype.json")
+
+    if first_epoch == config.epochs and run.result() is not None:
+        return run.result()  # resumed after its end: nothing is trained, and nothing tested, a second time
 
     top5, steps = data.protocol == "imagenet", len(train_loader)
     progress = Progress(config.epochs, steps, first_epoch)

@@ -58,6 +58,9 @@ class Run:
                     item.load_state_dict(checkpoint[name])
                 restore_random_state(checkpoint["random"])
         run._stateful, run._facts = stateful, facts
+        print(
+            f"run directory: {run.path}" + (f", from epoch {first_epoch + 1}" if config.resume else ""), file=sys.stderr
+        )
         return run, first_epoch
 
     @classmethod
@@ -107,6 +110,11 @@ class Run:
             torch.save({"epoch": epoch, "data": self._facts, "random": _random_state(), **state}, file)
         for _, old in _checkpoints(self.path)[2:]:
             old.unlink()
+
+    def result(self) -> dict | None:
+        """What write_result wrote, if the run had reached its end before it was opened."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text()) if file.is_file() else None
 
     def write_result(self, result: dict) -> dict:
         """result.json, with the run's path and its seconds of training; returned."""

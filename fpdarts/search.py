@@ -50,6 +50,9 @@ def search(config: SearchConfig) -> dict:
     if config.gates == "fixed":
         _report_untrained(model, gates)
 
+    if first_epoch == config.epochs and run.result() is not None:
+        return run.result()  # resumed after its end: nothing is trained, and nothing tested, a second time
+
     top5, steps = data.protocol == "imagenet", len(weight_loader)
     progress = Progress(config.epochs, steps, first_epoch)
     for epoch in range(first_epoch, config.epochs):

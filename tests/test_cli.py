@@ -194,6 +194,13 @@ def test_a_diverging_search_stops_with_step_rate_and_checkpoint(tmp_path, capsys
     assert "not a number at step" in err and "learning rate 1e+30" in err and "there is no checkpoint yet" in err
 
 
+def test_resuming_a_finished_run_trains_and_tests_nothing(retrained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in retrained.glob("*.json*")}
+    status, out, err = run(capsys, "retrain", "--out", retrained, "--resume", "--json")
+    assert status == 0 and json.loads(out) == json.loads((retrained / "result.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_resume_refuses_what_would_change_the_run(searched, capsys):
     status, _, err = run(capsys, "search", "--out", searched, "--resume", "--epochs", "9")
     assert status == 1 and "--epochs 9 would change the run" in err and "which has 3" in err
