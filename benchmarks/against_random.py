@@ -21,6 +21,7 @@ from fpdarts.genotype import random_genotype
 class Options:
     out: str
     seeds: int = 5
+    """At least 2: the result is a mean and a deviation."""
     data: str = "digits"
     search_epochs: int | None = None
     retrain_epochs: int | None = None

@@ -73,7 +73,10 @@ class Architect:
         return loss, logits
 
     def gradient(self, validation: Batch, gates: Tensor, train: Batch | None = None) -> list[Tensor]:
-        """The gradient of a step for alpha_normal, alpha_reduce, beta_normal, beta_reduce, without the update."""
+        """The gradient of a step for alpha_normal, alpha_reduce, beta_normal, beta_reduce, without the update.
+
+        As in a step, running statistics move once.
+        """
         order = self._first_order(validation, gates) if train is None else self._second_order(validation, train, gates)
         return order[0]
 
@@ -107,9 +110,8 @@ class Architect:
         direct, v = direct[: len(architecture)], direct[len(architecture) :]
 
         norm = torch.stack(torch._foreach_norm(v)).norm()
-        r = self.step_size / norm if norm > 0 else norm  # v = 0: the virtual step moves nothing, nor does alpha by it
-        if norm > 0:
-            shifted = []
+        if norm > 0:  # at v = 0 the loss does not depend on the virtual step, and so not on alpha through it
+            r, shifted = self.step_size / norm, []
             for sign in (1, -1):
                 moved = {n: w.detach() + sign * r * d for n, w, d in zip(names, current, v)}
                 shifted.append(

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from fpdarts.genotype import Genotype
-from fpdarts.network import STEMS, DerivedNetwork
+from fpdarts.network import DerivedNetwork
+from fpdarts.space import STEMS
 
 _IMAGE_SIZE = {"cifar": 32, "imagenet": 224}
 _NUM_CLASSES = {"cifar": 10, "imagenet": 1000}

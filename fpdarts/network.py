@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from fpdarts.genotype import Genotype
 from fpdarts.kernels.spec import OPERATIONS
-from fpdarts.space import reduction_cells
-
-STEMS = ("cifar", "imagenet")
+from fpdarts.space import STEMS, reduction_cells
 
 
 class ReLUConvBN(nn.Sequential):

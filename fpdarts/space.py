@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fpdarts.kernels.spec import OPERATIONS
 
+STEMS = ("cifar", "imagenet")
 # One pooling, one separable and one dilated convolution each, small kernels against large.
 DEFAULT_SUBSETS = (
     ("none", "max_pool_3x3", "sep_conv_3x3", "dil_conv_3x3"),

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from fpdarts import kernels as kernel_backends
 from fpdarts.genotype import Genotype
 from fpdarts.kernels.spec import CellSpec
-from fpdarts.space import DEFAULT_SUBSETS, reduction_cells, validate_subsets
+from fpdarts.space import DEFAULT_SUBSETS, STEMS, reduction_cells, validate_subsets
 
-STEMS = ("cifar", "imagenet")
 WEIGHTINGS = ("sigmoid", "softmax")
 ARCHITECTURE = ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce")  # the architecture's parameters
 _MOMENTUM = 0.1  # of running statistics, as torch.nn.BatchNorm2d
@@ -94,8 +93,9 @@ class SuperNet(nn.Module):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; choose one of: {', '.join(WEIGHTINGS)}")
         kernel_backends.validate(kernels)
-        for name in ("num_classes", "init_channels", "cells", "nodes"):
-            if (value := locals()[name]) < 1:
+        sizes = {"num_classes": num_classes, "init_channels": init_channels, "cells": cells, "nodes": nodes}
+        for name, value in sizes.items():
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.kernels, self.weighting, self.nodes = kernels, weighting, nodes
         self.subsets = validate_subsets(subsets)

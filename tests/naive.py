@@ -5,6 +5,8 @@ today, which benchmarks compare with. It shares nothing with ``fpdarts.kernels``
 which weights are copied in and gradients and statistics read out.
 """
 
+from copy import deepcopy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -151,7 +153,7 @@ class NaiveSuperNet(nn.Module):
 
     def __init__(self, supernet):
         super().__init__()
-        self.stem, self.classifier = _copy(supernet.stem), _copy(supernet.classifier)
+        self.stem, self.classifier = deepcopy(supernet.stem), deepcopy(supernet.classifier)
         self.cells = nn.ModuleList(NaiveCell(cell.spec) for cell in supernet.cells)
         for name in ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"):
             self.register_parameter(name, nn.Parameter(getattr(supernet, name).detach().clone()))
@@ -181,9 +183,3 @@ class NaiveSuperNet(nn.Module):
                 if row is None:
                     gradients[f"cells.{i}.{name}"] = gradient
         return {name: torch.stack(g) if isinstance(g, list) else g for name, g in gradients.items()}
-
-
-def _copy(module):
-    from copy import deepcopy
-
-    return deepcopy(module)
