@@ -51,7 +51,7 @@ def retrain(config: RetrainConfig) -> dict:
         network.train()
         progress.start_epoch()
         for batch in train_loader.epoch(epoch):
-            loss, logits = _step(network, optimizer, batch, drop_path, config)
+            loss, logits = training_step(network, optimizer, batch, drop_path, config)
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()
@@ -83,8 +83,8 @@ def _loaders(config, data, device):
     return loader(images, augment), None if held_out is None else loader(held_out, None), loader(data.test, None)
 
 
-def _step(network, optimizer, batch, drop_path, config):
-    """Returns loss and logits of the classifier, without the auxiliary head's share."""
+def training_step(network, optimizer, batch, drop_path, config):
+    """One update. Returns loss and logits of the classifier, before it and without the auxiliary head's share."""
     images, labels = batch
     with autocast(config.amp, images.device):
         out = network(images, drop_path)

@@ -42,7 +42,7 @@ def search(config: SearchConfig) -> dict:
     torch.manual_seed(config.seed)
     model = build_supernet(config, len(data.classes)).to(device, memory_format=torch.channels_last)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=config.seed)
-    weight_optimizer, architect = _optimizers(config, model, device)
+    weight_optimizer, architect = optimizers(config, model, device)
     _try_out(model, data.image_size, gates, device)
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
@@ -65,7 +65,7 @@ def search(config: SearchConfig) -> dict:
         for batch in weight_loader.epoch(epoch):
             if epoch >= config.architecture_from:
                 architect.step(next(held_out), gates.sample(), batch if config.unrolled else None)
-            loss, logits = _weight_step(model, weight_optimizer, batch, gates.sample(), config)
+            loss, logits = weight_step(model, weight_optimizer, batch, gates.sample(), config)
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()
@@ -117,7 +117,7 @@ def _loaders(config, data, device):
     )
 
 
-def _optimizers(config, model, device):
+def optimizers(config, model, device):
     """SGD of the weights, and the architect with its Adam."""
     sgd = torch.optim.SGD(
         model.weight_parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
@@ -146,7 +146,8 @@ def _endless(loader, first_pass):
         yield from loader.epoch(number)
 
 
-def _weight_step(model, optimizer, batch, gates, config):
+def weight_step(model, optimizer, batch, gates, config):
+    """One update of the weights. Returns loss and logits of the batch, before it."""
     images, labels = batch
     with frozen(model.architecture_parameters()):
         with autocast(config.amp, images.device):

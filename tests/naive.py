@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fpdarts.supernet import SuperNet
+
 
 def normalization(channels):
     return nn.BatchNorm2d(channels, affine=False)
@@ -66,12 +68,12 @@ class MixedEdge(nn.Module):
         self.paths = nn.ModuleList(nn.ModuleDict({name: MODULES[name](c, stride) for name in s}) for s in subsets)
 
     def forward(self, x, alpha_weights, gates):
-        """alpha_weights: a sequence of weights a path; gates: a float a path."""
+        """alpha_weights: a sequence of weights a path; gates: a number a path, of which a float of 0 is skipped."""
         slices = x.chunk(self.partial, 1)
         bypass = slices if self.stride == 1 else [F.max_pool2d(s, 2, 2) for s in slices]
         total = 0
         for p, operations in enumerate(self.paths):
-            if gates[p] == 0:
+            if isinstance(gates[p], float) and gates[p] == 0:
                 continue
             mixed = sum(
                 weight * operation(slices[p]) for weight, operation in zip(alpha_weights[p], operations.values())
@@ -79,7 +81,9 @@ class MixedEdge(nn.Module):
             full = torch.cat([mixed if s == p else bypass[s] for s in range(self.partial)], 1)
             n, channels, h, w = full.shape
             shuffled = full.view(n, self.partial, channels // self.partial, h, w).transpose(1, 2).reshape(full.shape)
-            total = total + gates[p] * shuffled
+            if not isinstance(gates[p], float) or gates[p] != 1:
+                shuffled = gates[p] * shuffled
+            total = total + shuffled
         return total
 
 
@@ -133,6 +137,22 @@ class NaiveCell(nn.Module):
                             yield f"{name}_depthwise_{i}", row, stage[1].weight, lambda w: w.squeeze(1).permute(1, 2, 0)
                             yield pointwise(f"{name}_pointwise_{i}", row, stage[2])
 
+    def load_packed(self, packed):
+        """packed: name -> packed weight."""
+        with torch.no_grad():
+            for name, row, weight, view in self.correspondence():
+                view(weight).copy_(packed[name] if row is None else packed[name][row])
+
+    def packed_gradients(self):
+        """Gradients under the names of the packed weights, in their shapes; zero where there is none."""
+        gradients = {}
+        for name, row, weight, view in self.correspondence():
+            gradient = view(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+            gradients.setdefault(name, []).append(gradient)
+            if row is None:
+                gradients[name] = gradient
+        return {name: torch.stack(g) if isinstance(g, list) else g for name, g in gradients.items()}
+
     def statistics(self):
         """(row of the packed table, normalization, open by which (edge, path); None: always)."""
         rows, spec = self.spec.statistics, self.spec
@@ -149,25 +169,30 @@ class NaiveCell(nn.Module):
 
 
 class NaiveSuperNet(nn.Module):
-    """Same numbers as a given SuperNet, whose weights it copies."""
+    """Same numbers as a given SuperNet, whose weights it copies.
 
-    def __init__(self, supernet):
+    branches: skip closed paths, as Python code would. Without, gates are tensors that everything is multiplied by, so
+    that the forward is the same whatever is open: what torch.compile and CUDA graphs need.
+    """
+
+    architecture_parameters = SuperNet.architecture_parameters
+    weight_parameters = SuperNet.weight_parameters
+
+    def __init__(self, supernet, branches=True):
         super().__init__()
+        self.branches = branches
         self.stem, self.classifier = deepcopy(supernet.stem), deepcopy(supernet.classifier)
         self.cells = nn.ModuleList(NaiveCell(cell.spec) for cell in supernet.cells)
         for name in ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"):
             self.register_parameter(name, nn.Parameter(getattr(supernet, name).detach().clone()))
         self.to(supernet.alpha_normal)
-        with torch.no_grad():
-            for cell, packed in zip(self.cells, supernet.cells):
-                for name, row, weight, view in cell.correspondence():
-                    source = getattr(packed, name)
-                    view(weight).copy_(source if row is None else source[row])
+        for cell, packed in zip(self.cells, supernet.cells):
+            cell.load_packed(dict(packed.named_parameters()))
 
     def forward(self, images, gates):
         first = self.stem[0](images)
         states = first, self.stem[1](first)
-        for cell, cell_gates in zip(self.cells, gates.tolist()):
+        for cell, cell_gates in zip(self.cells, gates.tolist() if self.branches else gates):
             kind = "reduce" if cell.spec.reduction else "normal"
             alpha, beta = getattr(self, f"alpha_{kind}").sigmoid(), getattr(self, f"beta_{kind}").sigmoid()
             states = states[1], cell(states, alpha, beta, cell_gates)
@@ -177,9 +202,5 @@ class NaiveSuperNet(nn.Module):
         """Gradients under the SuperNet's parameter names, in its shapes; zero where there is none."""
         gradients = {name: p.grad for name, p in self.named_parameters() if not name.startswith("cells.")}
         for i, cell in enumerate(self.cells):
-            for name, row, weight, view in cell.correspondence():
-                gradient = view(torch.zeros_like(weight) if weight.grad is None else weight.grad)
-                gradients.setdefault(f"cells.{i}.{name}", []).append(gradient)
-                if row is None:
-                    gradients[f"cells.{i}.{name}"] = gradient
-        return {name: torch.stack(g) if isinstance(g, list) else g for name, g in gradients.items()}
+            gradients |= {f"cells.{i}.{name}": gradient for name, gradient in cell.packed_gradients().items()}
+        return gradients

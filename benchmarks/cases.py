@@ -1,0 +1,107 @@
+"""What is timed: a step of the search or of retraining, a cell, or one of a cell's parts, on one side.
+
+All sides of a case start from the same weights and images, made from one seed, and compute the same numbers:
+``check`` says so before anything is timed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.sides import Side
+from benchmarks.work import Work
+
+STEPS = ("search-step", "arch-step", "retrain-step")
+PARTS = ("cell", "stage", "pooling", "node")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Shapes of a case; what a case does not need it ignores."""
+
+    batch_size: int = 64
+    init_channels: int = 16
+    """C of the whole model, or of the cell that a part belongs to."""
+    cells: int = 8
+    image_size: int = 32
+    """Side of the images, or of the states that a part reads."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    gates: Literal["both", "step"] = "both"
+    """Both paths of all edges open, or drawn anew each step: 4/3 of 2 on average, the same draws for all sides."""
+    operation: str = "sep_conv_5x5"
+    """Of stage and pooling."""
+    stride: int = 1
+    """Of stage and pooling."""
+    reduction: bool = False
+    """Of a cell."""
+    direction: Literal["forward", "backward", "both"] = "both"
+    """Of cell and parts."""
+    device: str = "cpu"
+
+
+# What a case is timed with where nothing else is said.
+DEFAULTS = {
+    **dict.fromkeys((*STEPS, *PARTS), Setting()),
+    "retrain-step": Setting(batch_size=32, init_channels=36, cells=20),
+    "pooling": Setting(operation="max_pool_3x3"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A side, ready to run.
+
+    step: of a number i, makes the i-th call, which is timed; every side does the same in its i-th.
+    results: name -> tensor, of the last call.
+    work: of a call, by formula; where gates are drawn, the mean of the draws.
+    """
+
+    step: Callable[[int], None]
+    results: Callable[[], dict[str, Tensor]]
+    work: Work
+
+
+def build(what: str, side: Side, setting: Setting) -> Case:
+    """Raises ValueError for a case that the side does not have."""
+    from benchmarks import parts, steps
+
+    if side.graph and what not in ("search-step", "arch-step"):
+        raise ValueError(f"{what} is not timed under a CUDA graph; leave +graph off")
+    torch.manual_seed(0)
+    if what in ("search-step", "arch-step"):
+        return steps.search_step(side, setting, what == "arch-step")
+    if what == "retrain-step":
+        return steps.retrain_step(side, setting)
+    return getattr(parts, what)(side, setting)
+
+
+# Relative errors (of norms) that the order of sums explains, without and with bf16. A step passes many ReLUs and maxima;
+# where two orders choose differently, a pixel takes another way, which the gradients of the first cells show most.
+PART_TOLERANCE = {False: 1e-4, True: 3e-2}
+STEP_TOLERANCE = {False: 5e-2, True: 0.5}
+
+
+def check(what: str, side: Side, setting: Setting, case: Case, expected: dict[str, Tensor]):
+    """Makes call 0 and raises AssertionError, naming the tensor, where its results are not those expected."""
+    case.step(0)
+    results = case.results()
+    assert results.keys() == expected.keys(), f"{what} on {side}: only one side has {results.keys() ^ expected.keys()}"
+    tolerance = (STEP_TOLERANCE if what in STEPS else PART_TOLERANCE)[side.bf16]
+    norms = {name: value.double().norm().item() for name, value in expected.items()}
+    largest = max((norm for name, norm in norms.items() if name.startswith("d_")), default=0)
+    for name, value in expected.items():
+        # a gradient that all but vanishes beside the largest is rounding
+        scale = max(norms[name], 1e-3 * largest if name.startswith("d_") else 1e-12)
+        error = (results[name].double() - value.double()).norm().item() / scale
+        # not "error > tolerance": NaN is an error too
+        assert error <= tolerance, f"{what} on {side}: {name} is off by {error:.1e}, relative; allowed {tolerance:.0e}"
+
+
+def reference_results(what: str, setting: Setting) -> dict[str, Tensor]:
+    """Of call 0, on the reference back end."""
+    case = build(what, Side("reference"), setting)
+    case.step(0)
+    return {name: value.detach().clone() for name, value in case.results().items()}

@@ -1,0 +1,138 @@
+"""Cases of whole steps: of the weights, of the architecture, and of retraining. They call the very steps of the loops."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from benchmarks import work
+from benchmarks.cases import Case, Setting
+from benchmarks.sides import Side
+from fpdarts import config as configuration
+from fpdarts.config import RetrainConfig, SearchConfig
+from fpdarts.evaluate import build_network
+from fpdarts.gates import GateSampler
+from fpdarts.genotype import PUBLISHED
+from fpdarts.retrain import training_step
+from fpdarts.search import build_supernet, optimizers, weight_step
+from tests.naive import NaiveSuperNet
+
+DRAWS = 16  # of gates, used in turn
+
+
+def _images(setting, memory_format):
+    torch.manual_seed(1)  # whatever numbers building the model took
+    images = torch.randn(setting.batch_size, 3, setting.image_size, setting.image_size)
+    labels = torch.randint(10, (setting.batch_size,))
+    return images.to(setting.device, memory_format=memory_format), labels.to(setting.device)
+
+
+def search_config(setting: Setting, side: Side) -> SearchConfig:
+    config = SearchConfig(
+        batch_size=setting.batch_size, init_channels=setting.init_channels, cells=setting.cells, gates=setting.gates,
+        kernels=side.kernels, amp="bf16" if side.bf16 else "off", image_size=setting.image_size,
+    )  # fmt: skip
+    return configuration.resolved(config, setting.stem)
+
+
+def search_model(setting: Setting, side: Side, config: SearchConfig) -> nn.Module:
+    """The supernet of a side; the naive one has its weights."""
+    model = build_supernet(config, 10).to(setting.device)
+    if side.today:
+        model = NaiveSuperNet(model, side.branches)
+    if side.name == "compile":
+        for cell in model.cells:
+            cell.compile()
+    return model.to(memory_format=side.memory_format)
+
+
+def search_step(side, setting, architecture):
+    config = search_config(setting, side)
+    model = search_model(setting, side, config)
+    weight_optimizer, architect = optimizers(config, model, torch.device(setting.device))
+    batch = _images(setting, side.memory_format)
+    spec_model = build_supernet(config, 10)
+    sampler = GateSampler(*spec_model.gate_shape, mode=setting.gates)
+    draws = [sampler.sample() for _ in range(DRAWS)]
+    last = {}
+
+    def once(gates):
+        if architecture:
+            loss, logits = architect.step(batch, gates)
+        else:
+            loss, logits = weight_step(model, weight_optimizer, batch, gates, config)
+        last.update(loss=loss.detach(), logits=logits.detach())
+
+    def step(i):
+        once(draws[i % DRAWS])
+
+    def results():
+        named = dict(model.named_parameters())
+        if side.today:
+            gradients = model.packed_gradients()
+        else:
+            gradients = {name: p.grad for name, p in named.items()}
+        asked = [name for name in gradients if name.startswith(("alpha", "beta")) == architecture]
+        return {**last, **{f"d_{name}": gradients[name] for name in asked}}
+
+    if side.graph:
+        step = _graphed(once, draws, architect.optimizer, setting.device)
+    size, n = (setting.image_size,) * 2, setting.batch_size
+    each = [work.supernet(spec_model, n, size, gates, not architecture).of("both") for gates in draws]
+    mean = work.Work(*(sum(values) / DRAWS for values in zip(*each)))
+    return Case(step, results, mean)
+
+
+def _graphed(once, draws, adam, device):
+    """A call as one replay, gates copied in before it."""
+    gates = draws[0].to(device)
+    adam.param_groups[0]["capturable"] = True
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # lazy initialization, momentum buffers and the choice of algorithms are not to be captured
+            once(gates)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once(gates)
+
+    def step(i):
+        gates.copy_(draws[i % DRAWS])
+        graph.replay()
+
+    return step
+
+
+def retrain_step(side, setting):
+    if not side.today and side.name != "reference":
+        raise ValueError(f"the derived network has no {side.name} kernels; its sides are eager, channels_last, compile")
+    config = RetrainConfig(
+        batch_size=setting.batch_size, init_channels=setting.init_channels, cells=setting.cells,
+        amp="bf16" if side.bf16 else "off", image_size=setting.image_size,
+    )  # fmt: skip
+    config = configuration.resolved(config, setting.stem)
+    if setting.image_size != {"cifar": 32, "imagenet": 224}[setting.stem]:
+        config = replace(config, auxiliary_weight=0.0)  # the head needs the protocol's own size
+    network = build_network(config, PUBLISHED["PC_DARTS_cifar"], 10).to(
+        setting.device, memory_format=side.memory_format
+    )
+    if side.name == "compile":
+        for cell in network.cells:
+            cell.compile()
+    optimizer = torch.optim.SGD(
+        network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
+    )
+    batch, last = _images(setting, side.memory_format), {}
+
+    def step(i):
+        torch.manual_seed(i)  # the same paths are dropped on all sides
+        loss, logits = training_step(network, optimizer, batch, config.drop_path, config)
+        last.update(loss=loss.detach(), logits=logits.detach())
+
+    def results():
+        return {**last, **{f"d_{name}": p.grad for name, p in network.named_parameters()}}
+
+    with torch.device("meta"):
+        counted = build_network(config, PUBLISHED["PC_DARTS_cifar"], 10)
+    return Case(step, results, work.network(counted, setting.batch_size, (setting.image_size,) * 2).of("both"))

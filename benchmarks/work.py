@@ -1,0 +1,205 @@
+"""The work that an operation cannot do without, by formula: floating-point operations, and the fewest bytes moved.
+
+FLOPs are those of convolutions and linear layers (a multiply-add counts as two); normalization, pooling and sums are
+counted by their bytes, which is what limits them. The fewest bytes are those of the fused form: every tensor that has
+to exist is written once and read once by each pass that needs it, and a pass reads nothing twice (neighbouring rows of
+a convolution come from a cache). Nothing normalized exists, no concatenation and no copy of a slice. A faster design
+than this one may show a share above 1: then the formula is to be corrected, not the share.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fpdarts.kernels.spec import OPERATIONS, CellSpec
+
+
+class Work(NamedTuple):
+    """flops; elements: of activations, read and written."""
+
+    flops: float = 0
+    elements: float = 0
+
+    def __add__(self, other):
+        return Work(self.flops + other.flops, self.elements + other.elements)
+
+    def bytes(self, element_size: int = 4) -> float:
+        return self.elements * element_size
+
+
+class Passes(NamedTuple):
+    """Work of a forward and of a backward."""
+
+    forward: Work = Work()
+    backward: Work = Work()
+
+    def __add__(self, other):
+        return Passes(self.forward + other.forward, self.backward + other.backward)
+
+    def of(self, direction: str) -> Work:
+        """direction: ``forward``, ``backward`` or ``both``."""
+        return self.forward + self.backward if direction == "both" else getattr(self, direction)
+
+
+def convolution(macs: float, read: float, written: float, d_input=True, d_weight=True) -> Passes:
+    """macs: multiply-adds of the forward. read, written: elements of its input and its output."""
+    passes = d_input + d_weight
+    backward = Work(2 * macs * passes, (written + read + read * d_input) if passes else 0)
+    return Passes(Work(2 * macs, read + written), backward)
+
+
+def stage(n: int, channels: int, size: tuple[int, int], edges: int, operation: str, stride: int, d_weight=True):
+    """First stages of a convolution on all edges that leave a state: they read its slice once. Output not normalized.
+
+    n: images. channels: of the slice. size: (H, W) of the state.
+    """
+    read = n * channels * size[0] * size[1]
+    written = edges * n * channels * -(-size[0] // stride) * -(-size[1] // stride)
+    return convolution(written * (OPERATIONS[operation].kernel_size ** 2 + channels), read, written, True, d_weight)
+
+
+def pooling(n: int, channels: int, size: tuple[int, int], stride: int) -> Passes:
+    """Backward reads the gradient and, to know the maxima, the input."""
+    read = n * channels * size[0] * size[1]
+    written = n * channels * -(-size[0] // stride) * -(-size[1] // stride)
+    return Passes(Work(0, read + written), Work(0, written + 2 * read))
+
+
+def node(n: int, channels: int, size: tuple[int, int], terms: int) -> Passes:
+    """Sum of `terms` terms in each channel slice of a node of `channels` channels, coefficients differentiated."""
+    out = n * channels * size[0] * size[1]
+    return Passes(Work(0, (terms + 1) * out), Work(0, (1 + 2 * terms) * out))
+
+
+def cell(
+    spec: CellSpec, n: int, sizes: Sequence[tuple[int, int]], gates: Sequence[Sequence[float]], d_weight=True
+) -> Passes:
+    """A cell in the fused form.
+
+    n: images. sizes: (H, W) of its two inputs. gates: [edge][path], closed paths cost nothing.
+    d_weight: gradients of weights (a weight step) rather than those of alpha and beta (an architecture step).
+    """
+    total, c, paths = Passes(), spec.slice_channels, range(spec.paths)
+    inner = sizes[1][0] * sizes[1][1] * n  # pixels of states 0 and 1
+    outer = inner // 4 if spec.reduction else inner  # pixels of the nodes
+    for i, (wide, size) in enumerate(zip(spec.input_channels, sizes)):
+        # backward reads the state once more, for its normalization
+        total += convolution(
+            inner * spec.channels * wide, n * wide * size[0] * size[1], inner * spec.channels, True, d_weight
+        )
+        total += Passes(Work(), Work(0, 2 * inner * spec.channels))
+
+    for source, rows in enumerate(spec.rows_by_source):
+        edges = [spec.source_order[row] for row in rows]
+        pixels = inner if source < 2 else outer
+        if spec.stride(source) == 2:  # the pooled bypass
+            total += Passes(Work(0, (pixels + outer) * spec.channels), Work(0, (pixels + outer) * spec.channels))
+        state_gradient = pixels * spec.channels
+        for p in paths:
+            opened = sum(gates[e][p] != 0 for e in edges)
+            if opened:
+                for name in spec.subsets[p]:
+                    total += _operation(spec, name, opened, pixels * c, outer * c, spec.stride(source), d_weight)
+        total += Passes(Work(), Work(0, state_gradient))
+
+    for i in range(spec.nodes):
+        total += _node(spec, [e for e, edge in enumerate(spec.edges) if edge.node == i], gates, outer * c, d_weight)
+    return total
+
+
+def _operation(spec, name, opened, read, written, stride, d_weight):
+    """On `opened` edges that leave one state; gradients of what follows the last normalization are the node's."""
+    operation, c = OPERATIONS[name], spec.slice_channels
+    if operation.kind == "pooling":
+        return Passes(Work(0, read + written), Work(0, opened * written + 2 * written))
+    if operation.kind == "skip" and stride == 2:
+        return convolution(opened * written * c, read, opened * written, True, d_weight)
+    total, macs = Passes(), opened * written * (operation.kernel_size**2 + c)
+    for stage in range(operation.stages):
+        # the gradient of what is normalized is formed on load, from the gradient behind it and the raw output
+        total += convolution(macs, read if stage == 0 else opened * written, opened * written, True, d_weight)
+        total += Passes(Work(), Work(0, opened * written))
+    return total
+
+
+def _node(spec, into, gates, slice_elements, d_weight):
+    """Sum and shuffle; backward, the reduction from which the normalizations' gradients, d_alpha and d_beta follow."""
+    normalized, through = 0, 0
+    for e in into:
+        opened = [p for p in range(spec.paths) if gates[e][p] != 0]
+        for p in opened:
+            kinds = [OPERATIONS[name].kind for name in spec.subsets[p]]
+            strided = spec.stride(spec.edges[e].source) == 2
+            normalized += sum(kind in ("pooling", "convolution") or (kind == "skip" and strided) for kind in kinds)
+        if opened:
+            through += spec.partial if len(opened) > 1 or spec.partial > 2 else 1
+    out = spec.partial
+    forward = normalized + through + out
+    return Passes(
+        Work(0, forward * slice_elements), Work(0, (normalized + out + (0 if d_weight else through)) * slice_elements)
+    )
+
+
+def supernet(model, n: int, size: tuple[int, int], gates, d_weight=True) -> Passes:
+    """A forward and a backward of a SuperNet: stem, cells, classifier.
+
+    model: of any device, the meta device too. n: images of `size` (H, W). gates: (cells, edges, paths).
+    """
+    total, sizes = Passes(), []
+    for module in model.stem.modules():
+        if hasattr(module, "kernel_size"):
+            read = n * module.in_channels * size[0] * size[1]
+            size = tuple(-(-side // module.stride[0]) for side in size)
+            written = n * module.out_channels * size[0] * size[1]
+            macs = written * module.weight[0].numel()
+            total += convolution(macs, read, written, module.in_channels != 3, d_weight)
+            total += Passes(Work(), Work(0, 2 * written))  # normalization's backward
+            sizes.append(size)
+    sizes = [sizes[0], sizes[0]] if len(sizes) == 1 else sizes[1:]
+    for module, cell_gates in zip(model.cells, gates.tolist()):
+        total += cell(module.spec, n, sizes, cell_gates, d_weight)
+        out = tuple(side // 2 for side in sizes[1]) if module.spec.reduction else sizes[1]
+        sizes = [sizes[1], out]
+    features = n * model.classifier.in_features
+    pixels = sizes[1][0] * sizes[1][1]
+    macs = features * model.classifier.out_features
+    return total + Passes(Work(2 * macs, features * pixels), Work(2 * macs * (1 + d_weight), features * pixels))
+
+
+def network(model, n: int, size: tuple[int, int]) -> Passes:
+    """A forward and a backward of a DerivedNetwork in training, auxiliary head included.
+
+    Layer by layer: each convolution, normalization, pooling and sum as a fused kernel would read and write it. A
+    convolution reads its input and writes its output raw; the next one normalizes on load; a node reads its two raw
+    inputs and writes its state.
+    """
+    import torch
+    from torch import nn
+
+    total, handles = Passes(), []
+
+    def add(module, inputs, out):
+        nonlocal total
+        read, written = inputs[0].numel(), out.numel()
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            total += convolution(written * module.weight[0].numel(), read, written, inputs[0].shape[1] != 3)
+            total += Passes(Work(), Work(0, written))  # its normalization's backward reads the raw output again
+        elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+            total += Passes(Work(0, read + written), Work(0, read + written))
+
+    def add_nodes(module, inputs, out):
+        nonlocal total
+        state = out.numel() // len(module.concat)
+        total += Passes(Work(0, 3 * state * len(module.concat)), Work(0, 3 * state * len(module.concat)))
+
+    with torch.device("meta"):
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d)):
+                handles.append(module.register_forward_hook(add))
+            elif hasattr(module, "concat"):
+                handles.append(module.register_forward_hook(add_nodes))
+        try:
+            model(torch.empty(n, 3, *size))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return total
