@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks import report
 from fpdarts.config import RetrainConfig, SearchConfig
 from fpdarts.genotype import random_genotype
 
@@ -60,7 +61,7 @@ def main(options: Options) -> dict:
         side: {"mean": statistics.mean(values), "deviation": statistics.stdev(values), "test_accuracy": values}
         for side, values in accuracies.items()
     }
-    (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    report.write(out / "results.json", result)
     return result
 
 

@@ -4,6 +4,7 @@ All sides of a case start from the same weights and images, made from one seed, 
 ``check`` says so before anything is timed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -78,10 +79,13 @@ def build(what: str, side: Side, setting: Setting) -> Case:
     return getattr(parts, what)(side, setting)
 
 
-# Relative errors (of norms) that the order of sums explains, without and with bf16. A step passes many ReLUs and maxima;
-# where two orders choose differently, a pixel takes another way, which the gradients of the first cells show most.
-PART_TOLERANCE = {False: 1e-4, True: 3e-2}
-STEP_TOLERANCE = {False: 5e-2, True: 0.5}
+# Relative errors (of norms) that the order of sums explains, without and with bf16.
+TOLERANCE = {False: 1e-4, True: 5e-2}
+# A step passes many ReLUs and maxima, and where two orders of summation choose differently, a pixel goes another way.
+# Through 20 cells that has been seen to turn logits by 2e-4 and gradients by 5 %. So gradients of steps are compared as
+# one vector, for gross errors; small ones are for cells and parts to show.
+STEP_TOLERANCE = {False: 1e-3, True: 5e-2}
+STEP_GRADIENT_TOLERANCE = {False: 0.2, True: 0.5}
 
 
 def check(what: str, side: Side, setting: Setting, case: Case, expected: dict[str, Tensor]):
@@ -89,15 +93,22 @@ def check(what: str, side: Side, setting: Setting, case: Case, expected: dict[st
     case.step(0)
     results = case.results()
     assert results.keys() == expected.keys(), f"{what} on {side}: only one side has {results.keys() ^ expected.keys()}"
-    tolerance = (STEP_TOLERANCE if what in STEPS else PART_TOLERANCE)[side.bf16]
     norms = {name: value.double().norm().item() for name, value in expected.items()}
-    largest = max((norm for name, norm in norms.items() if name.startswith("d_")), default=0)
-    for name, value in expected.items():
+    errors = {name: (results[name].double() - value.double()).norm().item() for name, value in expected.items()}
+    gradients = [name for name in expected if name.startswith("d_")]
+    tolerance = (STEP_TOLERANCE if what in STEPS else TOLERANCE)[side.bf16]
+    if what in STEPS:
+        error = math.hypot(*(errors.pop(name) for name in gradients)) / math.hypot(*(norms[name] for name in gradients))
+        allowed = STEP_GRADIENT_TOLERANCE[side.bf16]
+        assert error <= allowed, (
+            f"{what} on {side}: its gradients are off by {error:.1e}, relative; allowed {allowed:g}"
+        )
+    largest = max((norms[name] for name in gradients), default=0)
+    for name, error in errors.items():
         # a gradient that all but vanishes beside the largest is rounding
-        scale = max(norms[name], 1e-3 * largest if name.startswith("d_") else 1e-12)
-        error = (results[name].double() - value.double()).norm().item() / scale
+        error /= max(norms[name], 1e-3 * largest if name in gradients else 1e-12)
         # not "error > tolerance": NaN is an error too
-        assert error <= tolerance, f"{what} on {side}: {name} is off by {error:.1e}, relative; allowed {tolerance:.0e}"
+        assert error <= tolerance, f"{what} on {side}: {name} is off by {error:.1e}, relative; allowed {tolerance:g}"
 
 
 def reference_results(what: str, setting: Setting) -> dict[str, Tensor]:

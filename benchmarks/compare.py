@@ -2,8 +2,8 @@
 
     python -m benchmarks.compare --what search-step --kernels reference --against eager channels_last --batch-size 64
 
-Ratios are a baseline's seconds over those of ``--kernels``: above 1, the kernels are faster. Every pair of one round gives
-a ratio; told are their median and their range.
+Ratios are a baseline's seconds over those of ``--kernels``: above 1, the kernels are faster. The two calls of a round
+make a pair; told are the median and the range of the pairs' ratios.
 """
 
 import multiprocessing
@@ -11,6 +11,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -85,9 +86,9 @@ def compare(
     seconds = {side: [] for side in sides}
     for i in range(rounds):
         for side in sides[i % len(sides) :] + sides[: i % len(sides)]:  # each is first, second, ... in turn
-            seconds[side].append(timed(lambda: cases[side].step(2 + i), setting.device))
+            seconds[side].append(timed(partial(cases[side].step, 2 + i), setting.device))
     work = cases[sides[0]].work
-    del cases
+    cases.clear()  # its memory is not to weigh on what follows
 
     first, *others = sides
     ratios = {str(s): [b / a for a, b in zip(seconds[first], seconds[s])] for s in others}

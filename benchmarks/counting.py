@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,20 +19,19 @@ def _bytes(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-def _tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type != "cpu"]
-
-
 class Count(TorchDispatchMode):
-    """Counts what runs within it. Tensors on the CPU do not count: on a GPU or the meta device they are bookkeeping.
+    """Counts what runs within it on a device.
 
-    A call of an ATen operator is a launch, and moves each of its tensors once, except that batch normalization reads its
-    input twice, forward (statistics, then application) and backward, and a convolution's backward is one launch for
-    each of its gradients, which reads and writes that gradient's operands. Views are free.
+    device: of which type; what touches only tensors of others is bookkeeping (gates live on the CPU).
+
+    A call of an ATen operator is a launch, and moves each of its tensors once. Except that batch normalization reads
+    its input twice, forward (statistics, then application) and backward, and that a convolution's backward is a launch
+    for each of its gradients, with that gradient's operands. Views are free.
     """
 
-    def __init__(self):
+    def __init__(self, device: str = "meta"):
         super().__init__()
+        self.device = torch.device(device).type
         self.launches, self.bytes, self.flops = Counter(), Counter(), Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -39,7 +39,7 @@ class Count(TorchDispatchMode):
         name = function._schema.name.removeprefix("aten::")
         if name in _FREE:
             return out
-        read, written = _tensors((args, kwargs)), _tensors(out)
+        read, written = self._tensors((args, kwargs)), self._tensors(out)
         if not read and not written:
             return out
         launches, moved = 1, _bytes(read) + _bytes(written)
@@ -57,6 +57,9 @@ class Count(TorchDispatchMode):
         self.launches[name] += launches
         self.bytes[name] += moved
         return out
+
+    def _tensors(self, tree) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self.device]
 
     def total(self) -> dict[str, int]:
         return {what: sum(getattr(self, what).values()) for what in ("launches", "bytes", "flops")}

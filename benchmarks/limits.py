@@ -51,8 +51,7 @@ def timed(function, device: str) -> float:
 def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, rounds: int = 8) -> Limits:
     """The best of some rounds: other work on the machine can only take away.
 
-    A matrix product stands for the peak: the best that a tuned library gets out of the FMA units or tensor cores, within
-    a few percent of the units' own limit.
+    A matrix product stands for the peak: the best that a tuned library gets out of FMA units or tensor cores.
     """
     cpu = torch.device(device).type == "cpu"
     side = 1536 if cpu else 8192

@@ -22,8 +22,8 @@ TERMS = 20  # in each slice of a node: five incoming edges, three normalized ope
 def _part(side, setting, inputs: dict[str, Tensor], function: Callable, passes: Passes, pack=None) -> Case:
     """A function of tensors to be differentiated, without or with its backward.
 
-    function: of no argument, reads the inputs; returns a tensor or, edge by edge, a list of them. pack: name -> gradient
-    of each input, to the gradients that all sides have.
+    function: of no argument, reads the inputs; returns a tensor or, edge by edge, a list of them.
+    pack: makes of name -> gradient of each input the gradients that all sides have.
     """
     leaves, last = list(inputs.values()), {}
 

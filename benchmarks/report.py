@@ -57,8 +57,13 @@ def environment(device: str = "cpu") -> dict:
     }
 
 
+def located(path: str | Path) -> Path:
+    """A path without a folder is one of benchmarks/results."""
+    return Path(path) if Path(path).parent != Path() else RESULTS / path
+
+
 def write(path: str | Path, result: dict, device: str = "cpu"):
-    """As JSON, after the environment that it was measured in. A path without a folder is one of benchmarks/results."""
-    path = Path(path) if Path(path).parent != Path() else RESULTS / path
+    """As JSON, after the environment that it was measured in."""
+    path = located(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(device), **result}, indent=1) + "\n")

@@ -1,5 +1,6 @@
-"""Cases of whole steps: of the weights, of the architecture, and of retraining. They call the very steps of the loops."""
+"""Cases of whole steps: weights, architecture, retraining. They call the very functions that the loops call."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -54,7 +55,7 @@ def search_step(side, setting, architecture):
     spec_model = build_supernet(config, 10)
     sampler = GateSampler(*spec_model.gate_shape, mode=setting.gates)
     draws = [sampler.sample() for _ in range(DRAWS)]
-    last = {}
+    last, on_device = {}, draws if side.branches else [gates.to(setting.device) for gates in draws]
 
     def once(gates):
         if architecture:
@@ -64,28 +65,27 @@ def search_step(side, setting, architecture):
         last.update(loss=loss.detach(), logits=logits.detach())
 
     def step(i):
-        once(draws[i % DRAWS])
+        once(on_device[i % DRAWS])
 
     def results():
-        named = dict(model.named_parameters())
         if side.today:
             gradients = model.packed_gradients()
         else:
-            gradients = {name: p.grad for name, p in named.items()}
+            gradients = {name: p.grad for name, p in model.named_parameters()}
         asked = [name for name in gradients if name.startswith(("alpha", "beta")) == architecture]
         return {**last, **{f"d_{name}": gradients[name] for name in asked}}
 
     if side.graph:
-        step = _graphed(once, draws, architect.optimizer, setting.device)
+        step = _graphed(once, on_device, model, architect.optimizer)
     size, n = (setting.image_size,) * 2, setting.batch_size
     each = [work.supernet(spec_model, n, size, gates, not architecture).of("both") for gates in draws]
     mean = work.Work(*(sum(values) / DRAWS for values in zip(*each)))
     return Case(step, results, mean)
 
 
-def _graphed(once, draws, adam, device):
-    """A call as one replay, gates copied in before it."""
-    gates = draws[0].to(device)
+def _graphed(once, draws, model, adam):
+    """A call as one replay, gates copied in before it. The weights are left as they were."""
+    gates, weights = draws[0].clone(), deepcopy(model.state_dict())
     adam.param_groups[0]["capturable"] = True
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,6 +96,8 @@ def _graphed(once, draws, adam, device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         once(gates)
+
+    model.load_state_dict(weights)
 
     def step(i):
         gates.copy_(draws[i % DRAWS])

@@ -2,9 +2,9 @@
 
 FLOPs are those of convolutions and linear layers (a multiply-add counts as two); normalization, pooling and sums are
 counted by their bytes, which is what limits them. The fewest bytes are those of the fused form: every tensor that has
-to exist is written once and read once by each pass that needs it, and a pass reads nothing twice (neighbouring rows of
-a convolution come from a cache). Nothing normalized exists, no concatenation and no copy of a slice. A faster design
-than this one may show a share above 1: then the formula is to be corrected, not the share.
+to exist is written once, and read once by each operation that needs it, for all its edges together (neighbouring rows
+of a convolution come from a cache). Nothing normalized exists, no concatenation and no copy of a slice. Should a design
+show a share above 1, it does with less: then the formula is to be corrected.
 """
 
 from collections.abc import Sequence
@@ -71,53 +71,66 @@ def node(n: int, channels: int, size: tuple[int, int], terms: int) -> Passes:
 
 
 def cell(
-    spec: CellSpec, n: int, sizes: Sequence[tuple[int, int]], gates: Sequence[Sequence[float]], d_weight=True
+    spec: CellSpec,
+    n: int,
+    sizes: Sequence[tuple[int, int]],
+    gates: Sequence[Sequence[float]],
+    d_weight=True,
+    d_inputs=(True, True),
 ) -> Passes:
     """A cell in the fused form.
 
     n: images. sizes: (H, W) of its two inputs. gates: [edge][path], closed paths cost nothing.
     d_weight: gradients of weights (a weight step) rather than those of alpha and beta (an architecture step).
+    d_inputs: whether each input's gradient is needed.
     """
-    total, c, paths = Passes(), spec.slice_channels, range(spec.paths)
+    total, c = Passes(), spec.slice_channels
     inner = sizes[1][0] * sizes[1][1] * n  # pixels of states 0 and 1
     outer = inner // 4 if spec.reduction else inner  # pixels of the nodes
     for i, (wide, size) in enumerate(zip(spec.input_channels, sizes)):
-        # backward reads the state once more, for its normalization
-        total += convolution(
-            inner * spec.channels * wide, n * wide * size[0] * size[1], inner * spec.channels, True, d_weight
-        )
-        total += Passes(Work(), Work(0, 2 * inner * spec.channels))
+        read, written = n * wide * size[0] * size[1], inner * spec.channels
+        total += convolution(written * wide, read, written, d_inputs[i], d_weight)
+        if d_weight or d_inputs[i]:
+            total += Passes(Work(), Work(0, 2 * written))  # the normalization's backward: a reduction, then on load
 
     for source, rows in enumerate(spec.rows_by_source):
         edges = [spec.source_order[row] for row in rows]
         pixels = inner if source < 2 else outer
+        d_state = source >= 2 or d_weight or d_inputs[source]
         if spec.stride(source) == 2:  # the pooled bypass
-            total += Passes(Work(0, (pixels + outer) * spec.channels), Work(0, (pixels + outer) * spec.channels))
-        state_gradient = pixels * spec.channels
-        for p in paths:
+            moved = Work(0, (pixels + outer) * spec.channels)
+            total += Passes(moved, moved if d_state else Work())
+        for p in range(spec.paths):
             opened = sum(gates[e][p] != 0 for e in edges)
             if opened:
                 for name in spec.subsets[p]:
-                    total += _operation(spec, name, opened, pixels * c, outer * c, spec.stride(source), d_weight)
-        total += Passes(Work(), Work(0, state_gradient))
+                    total += _operation(
+                        spec, name, opened, pixels * c, outer * c, spec.stride(source), d_state, d_weight
+                    )
+        if d_state:
+            total += Passes(Work(), Work(0, pixels * spec.channels))
 
     for i in range(spec.nodes):
         total += _node(spec, [e for e, edge in enumerate(spec.edges) if edge.node == i], gates, outer * c, d_weight)
     return total
 
 
-def _operation(spec, name, opened, read, written, stride, d_weight):
+def _operation(spec, name, opened, read, written, stride, d_state, d_weight):
     """On `opened` edges that leave one state; gradients of what follows the last normalization are the node's."""
     operation, c = OPERATIONS[name], spec.slice_channels
     if operation.kind == "pooling":
-        return Passes(Work(0, read + written), Work(0, opened * written + 2 * written))
+        return Passes(Work(0, read + written), Work(0, opened * written + 2 * written if d_state else 0))
     if operation.kind == "skip" and stride == 2:
-        return convolution(opened * written * c, read, opened * written, True, d_weight)
+        return convolution(opened * written * c, read, opened * written, d_state, d_weight)
     total, macs = Passes(), opened * written * (operation.kernel_size**2 + c)
     for stage in range(operation.stages):
         # the gradient of what is normalized is formed on load, from the gradient behind it and the raw output
-        total += convolution(macs, read if stage == 0 else opened * written, opened * written, True, d_weight)
-        total += Passes(Work(), Work(0, opened * written))
+        if stage == 0:
+            total += convolution(macs, read, opened * written, d_state, d_weight)
+        else:
+            total += convolution(macs, opened * written, opened * written, d_state or d_weight, d_weight)
+        if d_state or d_weight:
+            total += Passes(Work(), Work(0, opened * written))
     return total
 
 
@@ -151,12 +164,13 @@ def supernet(model, n: int, size: tuple[int, int], gates, d_weight=True) -> Pass
             size = tuple(-(-side // module.stride[0]) for side in size)
             written = n * module.out_channels * size[0] * size[1]
             macs = written * module.weight[0].numel()
-            total += convolution(macs, read, written, module.in_channels != 3, d_weight)
-            total += Passes(Work(), Work(0, 2 * written))  # normalization's backward
+            total += convolution(macs, read, written, d_weight and module.in_channels != 3, d_weight)
+            total += Passes(Work(), Work(0, 2 * written if d_weight else 0))  # the normalization's
             sizes.append(size)
     sizes = [sizes[0], sizes[0]] if len(sizes) == 1 else sizes[1:]
-    for module, cell_gates in zip(model.cells, gates.tolist()):
-        total += cell(module.spec, n, sizes, cell_gates, d_weight)
+    for i, (module, cell_gates) in enumerate(zip(model.cells, gates.tolist())):
+        d_inputs = (d_weight or i > 1, d_weight or i > 0)  # without weights nobody asks for the stem's
+        total += cell(module.spec, n, sizes, cell_gates, d_weight, d_inputs)
         out = tuple(side // 2 for side in sizes[1]) if module.spec.reduction else sizes[1]
         sizes = [sizes[1], out]
     features = n * model.classifier.in_features
