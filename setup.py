@@ -3,6 +3,6 @@
 from setuptools import setup
 
 setup(
-    packages=["fpdarts", "fpdarts.data", "fpdarts.kernels"],
+    packages=["fpdarts", "fpdarts.data", "fpdarts.kernels", "fpdarts.kernels.triton"],
     package_dir={"fpdarts": "fpdarts", "fpdarts.kernels": "kernels"},
 )

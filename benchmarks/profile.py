@@ -8,6 +8,7 @@ What PyTorch dispatches is counted as ``benchmarks/counting.py`` says; beside it
 
 import json
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +20,7 @@ from benchmarks.cases import Setting
 from benchmarks.counting import Count
 from benchmarks.sides import Side
 from benchmarks.steps import search_config, search_model
+from fpdarts import kernels
 from fpdarts.architect import frozen
 from fpdarts.gates import GateSampler
 from fpdarts.search import optimizers
@@ -63,15 +65,25 @@ def profile(side: Side, setting: Setting, dtype=torch.float32, bandwidth=3e12, p
     images = torch.empty(setting.batch_size, 3, setting.image_size, setting.image_size, device="meta", dtype=dtype)
     labels = torch.empty(setting.batch_size, dtype=torch.long, device="meta")
 
+    @contextmanager
+    def counting():
+        """What PyTorch dispatches and, together with it, what the back end launches itself."""
+        own = getattr(kernels.backend(side.kernels, "meta"), "counting", nullcontext)
+        with own() as launched, Count() as count:
+            yield count
+        if launched is not None:
+            count.launches += launched.launches
+            count.bytes += launched.bytes
+
     def count(fixed, trained, optimizer, clip, d_weight):
         with frozen(fixed):
-            with Count() as forward:
+            with counting() as forward:
                 loss = F.cross_entropy(model(images, gates), labels)
-            with Count() as backward:
+            with counting() as backward:
                 gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
         for parameter, gradient in zip(trained, gradients):
             parameter.grad = gradient
-        with Count() as update:
+        with counting() as update:
             if clip:
                 torch.nn.utils.clip_grad_norm_(trained, clip)
             optimizer.step()
@@ -112,7 +124,7 @@ def show(result: dict, top: int) -> str:
 
 
 def main(options: Options) -> dict:
-    side = Side.parse(options.kernels)
+    side = Side.parse(options.kernels, "meta")
     if side.name == "compile" or side.bf16 or side.graph:
         raise ValueError(f"{options.kernels} cannot be counted; give eager, channels_last or a back end, and --dtype")
     setting = Setting(

@@ -1,0 +1,323 @@
+"""Convolutions as matrix products over gathered rows (implicit GEMM): forward, both gradients, and the weights' packing.
+
+Depthwise followed by pointwise, with nothing between, is one dense convolution by depthwise * pointwise, which tensor
+cores compute for all edges that leave a state at once. The same kernels serve first and second stages, factorized
+reductions (two taps, (0, 0) and (1, 1), of stride 2) and preprocessing (one tap).
+
+A *job* is one such convolution: a row of a table of int64 on the device. Its taps lie at
+
+    dy = (tap // side) * dilation - pad,    dx = (tap % side) * dilation + (tap // side) * skew - pad
+
+Maps are matrices of N*H*W rows and of channels, rows ``ROW`` elements apart, so that a slice of a wider map and a map of
+its own are read alike. ``opened[i]`` is 0 for an instance i (a row of the cell's statistics) whose path is closed: it is
+neither computed nor read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .launch import dot_options, launch, padded, pieces
+
+
+@triton.jit
+def _position(rows, HEIGHT, WIDTH):
+    """Image, y and x of rows of a map."""
+    x = rows % WIDTH
+    rest = rows // WIDTH
+    return rest // HEIGHT, rest % HEIGHT, x
+
+
+@triton.jit
+def _tap_and_channel(chunk, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Split of k = chunk * BLOCK + 0..BLOCK-1 into k // WIDE and k % WIDE; both powers of two, written so that the
+    compiler sees runs of neighbouring channels, without which loads are not wide."""
+    k = tl.arange(0, BLOCK)
+    if BLOCK >= WIDE:
+        return chunk * (BLOCK // WIDE) + k // WIDE, k % WIDE
+    else:
+        return chunk // (WIDE // BLOCK) + k * 0, (chunk % (WIDE // BLOCK)) * BLOCK + k
+
+
+@triton.jit
+def _open_edges(opened_ptr, first, edges, EDGES: tl.constexpr):
+    """Bit e: whether instance first + e is open. A scalar: a loaded vector would hide from the compiler that the mask is
+    the same for all channels of an edge."""
+    bits = 0
+    for e in tl.static_range(EDGES):
+        if e < edges:
+            bits += (tl.load(opened_ptr + first + e) != 0).to(tl.int32) << e
+    return bits
+
+
+@triton.jit
+def _activated(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """ReLU, after normalization where there is one. Masked elements were loaded as -inf, and so become 0."""
+    x = x.to(tl.float32)
+    if NORMALIZE:
+        x = (x - mean[None, :]) * inverse[None, :]
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+
+
+@triton.jit
+def convolve_fwd_kernel(
+    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, EDGE,
+    STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr,
+    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P_IN: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew, first
+    output instance, output offset, edges, statistics row of x. partial: [instance, tile, (sum, squares about its mean), C].
+    """
+    tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
+    taps, side = tl.load(jobs_ptr + 3).to(tl.int32), tl.load(jobs_ptr + 4).to(tl.int32)
+    dilation, pad = tl.load(jobs_ptr + 5).to(tl.int32), tl.load(jobs_ptr + 6).to(tl.int32)
+    skew, first = tl.load(jobs_ptr + 7).to(tl.int32), tl.load(jobs_ptr + 8).to(tl.int32)
+    edges = tl.load(jobs_ptr + 10).to(tl.int32)
+    opened = _open_edges(opened_ptr, first, edges, EDGES)
+    if opened == 0:
+        return
+    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
+    weight_ptr += tl.load(jobs_ptr + 1)
+    weight_edge = tl.load(jobs_ptr + 2).to(tl.int32)
+    out_ptr += tl.multiple_of(tl.load(jobs_ptr + 9), 8)
+    row = tl.load(jobs_ptr + 11).to(tl.int32)
+
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < M
+    n, oy, ox = _position(rows, OH, OW)
+    base = ((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW
+    column = tl.arange(0, EDGES * P)
+    e, co = column // P, column % P
+    kept = (((opened >> e) & 1) != 0) & (co < C)
+    total = tl.zeros([BLOCK, EDGES * P], tl.float32)
+    for chunk in range(0, tl.cdiv(taps * P_IN, BLOCK_K)):
+        tap, ci = _tap_and_channel(chunk, P_IN, BLOCK_K)
+        dy = (tap // side) * dilation - pad
+        dx = (tap % side) * dilation + (tap // side) * skew - pad
+        y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
+        fits = ((tap < taps) & (ci < C_IN))[None, :]
+        loaded = inside[:, None] & fits & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        values = tl.load(
+            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
+        )
+        if NORMALIZE:
+            mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
+            inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
+            values = _activated(values, mean, inverse, True, DTYPE)
+        else:
+            values = _activated(values, 0.0, 1.0, False, DTYPE)
+        weights = weight_ptr + ((tap * C_IN + ci) * WEIGHT_ROW)[:, None] + (e * weight_edge + co)[None, :]
+        weights = tl.load(weights, mask=((tap < taps) & (ci < C_IN))[:, None] & kept[None, :], other=0.0).to(DTYPE)
+        total = tl.dot(values, weights, total, input_precision=PRECISION)
+
+    stored = total.to(out_ptr.dtype.element_ty)
+    where = e.to(tl.int64)[None, :] * EDGE + (rows.to(tl.int64) * OUT_ROW)[:, None] + co[None, :]
+    tl.store(out_ptr + where, stored, mask=inside[:, None] & kept[None, :])
+    if STATISTICS:  # of what was stored, rounding included
+        value = stored.to(tl.float32)
+        count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
+        sums = tl.sum(value, 0)  # rows outside are 0: their inputs were
+        away = tl.where(inside[:, None], value - (sums / count)[None, :], 0.0)
+        partial_ptr += ((first + e) * tl.num_programs(0) + tile) * 2 * C + co
+        tl.store(partial_ptr, sums, mask=kept)
+        tl.store(partial_ptr + C, tl.sum(away * away, 0), mask=kept)
+
+
+@triton.jit
+def convolve_dgrad_kernel(
+    d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, segments_ptr, M, H, W,
+    OH, OW, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments, statistics
+    row of x, instance of dx's partial sums. A segment: d offset, first instance, edges, weight offset, weight's edge
+    distance, taps, side, dilation, pad, skew. dx = (x > 0) * sum over segments; with NORMALIZE, x is normalized and
+    partial[instance, tile] = (sum dx, sum dx * x).
+    """
+    tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
+    start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < M
+    n, y, x = _position(rows, H, W)
+    ci = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    WIDE: tl.constexpr = EDGES * P
+    total = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    any_open = 0
+    for s in range(start, start + count):
+        segment = segments_ptr + s * 10
+        opened = _open_edges(opened_ptr, tl.load(segment + 1).to(tl.int32), tl.load(segment + 2).to(tl.int32), EDGES)
+        any_open += opened
+        if opened != 0:
+            d = d_ptr + tl.multiple_of(tl.load(segment), 8)
+            weight = weight_ptr + tl.load(segment + 3)
+            weight_edge = tl.load(segment + 4).to(tl.int32)
+            taps, side = tl.load(segment + 5).to(tl.int32), tl.load(segment + 6).to(tl.int32)
+            dilation, pad = tl.load(segment + 7).to(tl.int32), tl.load(segment + 8).to(tl.int32)
+            skew = tl.load(segment + 9).to(tl.int32)
+            for chunk in range(0, tl.cdiv(taps * WIDE, BLOCK_K)):
+                tap, column = _tap_and_channel(chunk, WIDE, BLOCK_K)
+                e, co = column // P, column % P
+                top = y[:, None] - ((tap // side) * dilation - pad)[None, :]
+                left = x[:, None] - ((tap % side) * dilation + (tap // side) * skew - pad)[None, :]
+                kept = (tap < taps) & (((opened >> e) & 1) != 0) & (co < C)
+                loaded = inside[:, None] & kept[None, :] & (top >= 0) & (left >= 0)
+                if STRIDE == 2:
+                    loaded = loaded & (top % 2 == 0) & (left % 2 == 0)
+                    top, left = top // 2, left // 2
+                loaded = loaded & (top < OH) & (left < OW)
+                where = (e.to(tl.int64) * EDGE + co)[None, :] + ((n[:, None] * OH + top) * OW + left) * D_ROW
+                values = tl.load(d + where, mask=loaded, other=0.0).to(DTYPE)
+                where = (e * weight_edge + tap * (C_IN * WEIGHT_ROW) + co)[:, None] + (ci * WEIGHT_ROW)[None, :]
+                weights = tl.load(weight + where, mask=kept[:, None] & (ci < C_IN)[None, :], other=0.0).to(DTYPE)
+                total = tl.dot(values, weights, total, input_precision=PRECISION)
+
+    mask = inside[:, None] & (ci < C_IN)[None, :]
+    if NORMALIZE:
+        if any_open == 0:
+            return  # and so is the instance of dx
+    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
+    value = tl.load(x_ptr + (rows.to(tl.int64) * X_ROW)[:, None] + ci[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        row = tl.load(jobs_ptr + 4).to(tl.int32)
+        mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
+        inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
+        value = (value - mean[None, :]) * inverse[None, :]
+    out = tl.where(mask & (value > 0), total, 0.0)
+    dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
+    tl.store(dx_ptr + (rows.to(tl.int64) * DX_ROW)[:, None] + ci[None, :], out.to(dx_ptr.dtype.element_ty), mask=mask)
+    if NORMALIZE:
+        instance = tl.load(jobs_ptr + 5).to(tl.int32)
+        partial_ptr += (instance * tl.num_programs(0) + tile) * 2 * C_IN + ci
+        tl.store(partial_ptr, tl.sum(out, 0), mask=ci < C_IN)
+        tl.store(partial_ptr + C_IN, tl.sum(out * value, 0), mask=ci < C_IN)
+
+
+@triton.jit
+def convolve_wgrad_kernel(
+    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, EDGE, TOTAL,
+    STRIDE: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr,
+    EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Grid (parts of the rows, jobs, chunks of taps and input channels). A job: x offset, d offset, first instance, edges,
+    taps, side, dilation, pad, skew, offset in a part's results, statistics row of x. partial: [part, TOTAL], each job's
+    edges, taps, input and output channels from its offset on, 0 for closed edges. A later kernel sums up, part by part.
+    """
+    part, jobs_ptr, chunk = tl.program_id(0), jobs_ptr + tl.program_id(1) * 11, tl.program_id(2)
+    taps, side = tl.load(jobs_ptr + 4).to(tl.int32), tl.load(jobs_ptr + 5).to(tl.int32)
+    edges = tl.load(jobs_ptr + 3).to(tl.int32)
+    opened = _open_edges(opened_ptr, tl.load(jobs_ptr + 2).to(tl.int32), edges, EDGES)
+    if chunk * BLOCK_K >= taps * P_IN:
+        return
+    dilation, pad = tl.load(jobs_ptr + 6).to(tl.int32), tl.load(jobs_ptr + 7).to(tl.int32)
+    skew, row = tl.load(jobs_ptr + 8).to(tl.int32), tl.load(jobs_ptr + 10).to(tl.int32)
+    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
+    d_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
+    tap, ci = _tap_and_channel(chunk, P_IN, BLOCK_K)
+    dy = (tap // side) * dilation - pad
+    dx = (tap % side) * dilation + (tap // side) * skew - pad
+    fits = (tap < taps) & (ci < C_IN)
+    column = tl.arange(0, EDGES * P)
+    e, co = column // P, column % P
+    kept = (((opened >> e) & 1) != 0) & (co < C)
+    if NORMALIZE:
+        mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
+        inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
+    total = tl.zeros([BLOCK_K, EDGES * P], tl.float32)
+    tiles = tl.where(opened != 0, tl.cdiv(M, BLOCK), 0)
+    for tile in range(part, tiles, tl.num_programs(0)):
+        rows = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = rows < M
+        n, oy, ox = _position(rows, OH, OW)
+        base = ((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW
+        y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
+        loaded = inside[:, None] & fits[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        values = tl.load(
+            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
+        )
+        if NORMALIZE:
+            values = _activated(values, mean, inverse, True, DTYPE)
+        else:
+            values = _activated(values, 0.0, 1.0, False, DTYPE)
+        where = e.to(tl.int64)[None, :] * EDGE + (rows.to(tl.int64) * D_ROW)[:, None] + co[None, :]
+        d = tl.load(d_ptr + where, mask=inside[:, None] & kept[None, :], other=0.0).to(DTYPE)
+        total = tl.dot(tl.trans(values), d, total, input_precision=PRECISION)
+    where = (e * taps * (C_IN * C) + co)[None, :] + ((tap * C_IN + ci) * C)[:, None]
+    partial_ptr += part.to(tl.int64) * TOTAL + tl.load(jobs_ptr + 9)
+    tl.store(partial_ptr + where, total, mask=fits[:, None] & ((e < edges) & (co < C))[None, :])
+
+
+def _geometry(size, out_size):
+    """Runtime arguments that say where rows lie."""
+    return {"H": size[0], "W": size[1], "OH": out_size[0], "OW": out_size[1]}
+
+
+def convolve_fwd(
+    x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor, jobs: Tensor,
+    *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, edge: int,
+    weight_row: int, c_in: int, c: int, edges: int, normalize: bool, statistics: bool, block: int, moved: float,
+):  # fmt: skip
+    """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job."""
+    p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
+    edges = padded(edges)
+    tensors = {
+        "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, "mean_ptr": mean,
+        "inverse_ptr": inverse, "opened_ptr": opened, "jobs_ptr": jobs,
+    }  # fmt: skip
+    launch(
+        convolve_fwd_kernel, (pieces(m, block), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
+        EDGE=edge, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges,
+        NORMALIZE=normalize, STATISTICS=statistics, P_IN=p_in, P=p, BLOCK=block, DTYPE=_TRITON_DTYPE[out.dtype],
+        **dot_options(out.dtype), **tuning.convolution(p_in, edges * p),
+    )  # fmt: skip
+
+
+def convolve_dgrad(
+    d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, partial: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor,
+    jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int,
+    dx_row: int, d_row: int, edge: int, weight_row: int, c_in: int, c: int, edges: int, normalize: bool, block: int,
+    moved: float,
+):  # fmt: skip
+    p_in, p, m, edges = padded(c_in), padded(c), n * size[0] * size[1], padded(edges)
+    options = tuning.data_gradient(p_in, edges * p)
+    tensors = {
+        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, "mean_ptr": mean,
+        "inverse_ptr": inverse, "opened_ptr": opened, "jobs_ptr": jobs, "segments_ptr": segments,
+    }  # fmt: skip
+    launch(
+        convolve_dgrad_kernel, (pieces(m, block), len(jobs), pieces(c_in, options["COLUMNS"])), tensors, moved, M=m,
+        **_geometry(size, out_size), EDGE=edge, STRIDE=stride, X_ROW=x_row, DX_ROW=dx_row, D_ROW=d_row,
+        WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges, NORMALIZE=normalize, P=p, BLOCK=block,
+        DTYPE=_TRITON_DTYPE[dx.dtype], **dot_options(dx.dtype), **options,
+    )  # fmt: skip
+
+
+def convolve_wgrad(
+    d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor, jobs: Tensor, total: int, *, n: int,
+    size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, d_row: int, edge: int, c_in: int, c: int,
+    edges: int, taps: int, normalize: bool, moved: float,
+) -> Tensor:  # fmt: skip
+    """Partial gradients (parts, total) float32. taps: the most of any job."""
+    p_in, p, m, edges = padded(c_in), padded(c), n * out_size[0] * out_size[1], padded(edges)
+    options = tuning.weight_gradient(p_in, edges * p)
+    chunks = pieces(taps * p_in, options["BLOCK_K"])
+    parts = max(1, min(pieces(m, options["BLOCK"]), pieces(tuning.PARTS_TARGET, len(jobs) * chunks)))
+    partial = torch.empty(parts, total, dtype=torch.float32, device=x.device)
+    tensors = {
+        "d_ptr": d, "x_ptr": x, "partial_ptr": partial, "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened,
+        "jobs_ptr": jobs,
+    }  # fmt: skip
+    launch(
+        convolve_wgrad_kernel, (parts, len(jobs), chunks), tensors, moved + partial.nbytes, M=m,
+        **_geometry(size, out_size), EDGE=edge, TOTAL=total, STRIDE=stride, X_ROW=x_row, D_ROW=d_row, C_IN=c_in, C=c,
+        EDGES=edges, NORMALIZE=normalize, P_IN=p_in, P=p, DTYPE=_TRITON_DTYPE[x.dtype], **dot_options(x.dtype), **options,
+    )  # fmt: skip
+    return partial
+
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

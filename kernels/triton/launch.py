@@ -1,0 +1,60 @@
+"""Launching kernels: counting them, and the block shapes that they are launched with."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+import triton
+
+
+class Launches:
+    """What the launchers did: launches and bytes by kernel, for closed paths none."""
+
+    def __init__(self):
+        self.launches, self.bytes = Counter(), Counter()
+
+
+_counting: list[Launches] = []
+
+
+@contextmanager
+def counting():
+    """Counts the launches within. On the meta device nothing else happens."""
+    _counting.append(Launches())
+    try:
+        yield _counting[-1]
+    finally:
+        _counting.pop()
+
+
+def is_counting() -> bool:
+    return bool(_counting)
+
+
+def launch(kernel, grid: tuple[int, ...], tensors: dict, moved: float, **arguments):
+    """kernel[grid](**tensors, **arguments), counted as one launch that moves that many bytes."""
+    for counter in _counting:
+        counter.launches[kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__] += 1
+        counter.bytes[kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__] += moved
+    if next(iter(tensors.values())).device.type != "meta":
+        kernel[grid](**tensors, **arguments)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels on the CPU (TRITON_INTERPRET=1 in the environment)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def padded(channels: int) -> int:
+    """Block sizes are powers of two."""
+    return triton.next_power_of_2(channels)
+
+
+def pieces(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def dot_options(dtype: torch.dtype) -> dict:
+    """PRECISION of tl.dot in float32: exact, or tf32 where torch.set_float32_matmul_precision allows it."""
+    exact = torch.get_float32_matmul_precision() == "highest" or interpreted()
+    return {"PRECISION": "ieee" if exact or dtype != torch.float32 else "tf32"}

@@ -1,0 +1,301 @@
+"""Everything behind the last normalizations, which is linear: coefficients, node sums, and all of their backward.
+
+A cell's *workspace* holds states, raw outputs and pooled maps, each a matrix of C = C/K channels at an offset of its own.
+A *term* of a node is one of them: normalized by a row of the statistics (the last row leaves it as it is) and multiplied
+by a coefficient. Coefficients have a row for each edge, in source order, and a column for each operation and, after
+those, for each slice that passes as it is; the last coefficient of all is 1. A zero means that its term is not read.
+
+Node gradients are kept slice by slice, as they were before the shuffle.
+"""
+
+import triton
+import triton.language as tl
+
+from .convolution import _position
+
+
+@triton.jit
+def mix_fwd_kernel(
+    alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr, mean_ptr,
+    inverse_ptr, EDGES, ROWS, LAST, OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, USES: tl.constexpr,
+):  # fmt: skip
+    """Grid (1 + blocks of the statistics' rows,). Program 0 makes the coefficients; the others say which rows are open:
+    those of which any of the gates that ``uses`` lists (-1: none, -2: always) is not 0. identity: by edge and slice, the
+    operation that is one, or -1. Program 0 also writes the row of the statistics that normalizes nothing, the last.
+    """
+    if tl.program_id(0) == 0:
+        r = tl.arange(0, BLOCK)
+        mask = r < EDGES
+        edge = tl.load(order_ptr + r, mask=mask, other=0)
+        beta = tl.load(beta_ptr + edge, mask=mask, other=0.0).to(tl.float32)
+        out_ptr = coefficients_ptr + r * (OPERATIONS + K)
+        for o in range(0, OPERATIONS):
+            path = tl.load(path_ptr + o)
+            gate = tl.load(gates_ptr + edge * PATHS + path, mask=mask, other=0.0).to(tl.float32)
+            alpha = tl.load(alpha_ptr + edge * OPERATIONS + o, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + o, beta * gate * alpha, mask=mask)
+        for s in tl.static_range(K):
+            through = tl.zeros([BLOCK], tl.float32)
+            for p in tl.static_range(PATHS):
+                gate = tl.load(gates_ptr + edge * PATHS + p, mask=mask, other=0.0).to(tl.float32)
+                if p == s:
+                    o = tl.load(identity_ptr + r * K + s, mask=mask, other=-1)
+                    through += gate * tl.load(alpha_ptr + edge * OPERATIONS + o, mask=mask & (o >= 0), other=0.0).to(
+                        tl.float32
+                    )
+                else:
+                    through += gate
+            tl.store(out_ptr + OPERATIONS + s, beta * through, mask=mask)
+        tl.store(coefficients_ptr + LAST, 1.0)
+        c = tl.arange(0, P)
+        tl.store(mean_ptr + ROWS * C + c, 0.0, mask=c < C)
+        tl.store(inverse_ptr + ROWS * C + c, 1.0, mask=c < C)
+    else:
+        row = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
+        mask = row < ROWS
+        opened = tl.zeros([BLOCK], tl.int32)
+        for u in tl.static_range(USES):
+            gate = tl.load(uses_ptr + row * USES + u, mask=mask, other=-1)
+            value = tl.load(gates_ptr + gate, mask=mask & (gate >= 0), other=0.0)
+            opened = opened | ((gate == -2) | (value != 0)).to(tl.int32)
+        tl.store(opened_ptr + row, opened, mask=mask)
+
+
+@triton.jit
+def mix_bwd_kernel(
+    sums_ptr, alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, d_alpha_ptr, d_beta_ptr,
+    OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Grid (edges,), rows of the coefficients. A coefficient's gradient is the sum over channels of its row of sums."""
+    r = tl.program_id(0)
+    c = tl.arange(0, P)
+    edge = tl.load(order_ptr + r)
+    beta = tl.load(beta_ptr + edge).to(tl.float32)
+    sums_ptr += r * (OPERATIONS + K) * C
+    d_beta = 0.0
+    for o in range(0, OPERATIONS):
+        gate = tl.load(gates_ptr + edge * PATHS + tl.load(path_ptr + o)).to(tl.float32)
+        alpha = tl.load(alpha_ptr + edge * OPERATIONS + o).to(tl.float32)
+        d = tl.sum(tl.load(sums_ptr + o * C + c, mask=c < C, other=0.0), 0)
+        d_alpha = d * beta * gate
+        d_beta += d * gate * alpha
+        for s in tl.static_range(K):
+            if tl.load(identity_ptr + r * K + s) == o:
+                d = tl.sum(tl.load(sums_ptr + (OPERATIONS + s) * C + c, mask=c < C, other=0.0), 0)
+                d_alpha += d * beta * gate
+                d_beta += d * gate * alpha
+        tl.store(d_alpha_ptr + edge * OPERATIONS + o, d_alpha)
+    for s in tl.static_range(K):
+        through = 0.0
+        for p in tl.static_range(PATHS):
+            if p != s:
+                through += tl.load(gates_ptr + edge * PATHS + p).to(tl.float32)
+        d_beta += through * tl.sum(tl.load(sums_ptr + (OPERATIONS + s) * C + c, mask=c < C, other=0.0), 0)
+    tl.store(d_beta_ptr + edge, d_beta)
+
+
+@triton.jit
+def _normalized(pointer, rows, c, row, mask, mean_ptr, inverse_ptr, C: tl.constexpr):
+    """A block of a workspace matrix, normalized by a row of the statistics."""
+    value = tl.load(pointer + (rows.to(tl.int64) * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + row * C + c, mask=c < C, other=0.0)
+    inverse = tl.load(inverse_ptr + row * C + c, mask=c < C, other=0.0)
+    return (value - mean[None, :]) * inverse[None, :]
+
+
+@triton.jit
+def node_fwd_kernel(
+    work_ptr, state_ptr, out_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, M, SLICE,
+    K: tl.constexpr, C: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, slices). Sums a slice's terms (offset, statistics row, coefficient) and stores them shuffled, channel
+    K*c + slice: in the state's slices, SLICE elements apart, and in the cell's output of rows of OUT_ROW channels.
+    """
+    s = tl.program_id(1)
+    rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
+    mask = (rows < M)[:, None] & (c < C)[None, :]
+    total = tl.zeros([BLOCK, P], tl.float32)
+    for t in range(tl.load(starts_ptr + s).to(tl.int32), tl.load(starts_ptr + s + 1).to(tl.int32)):
+        coefficient = tl.load(coefficients_ptr + tl.load(terms_ptr + t * 3 + 2))
+        if coefficient != 0:
+            term = work_ptr + tl.multiple_of(tl.load(terms_ptr + t * 3), 8)
+            row = tl.load(terms_ptr + t * 3 + 1).to(tl.int32)
+            total += coefficient * _normalized(term, rows, c, row, mask, mean_ptr, inverse_ptr, C)
+    channel = K * c + s
+    rows = rows.to(tl.int64)
+    tl.store(
+        state_ptr + (rows * C)[:, None] + ((channel // C) * SLICE + channel % C)[None, :],
+        total.to(state_ptr.dtype.element_ty), mask=mask,
+    )  # fmt: skip
+    tl.store(out_ptr + (rows * OUT_ROW)[:, None] + channel[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def node_reduce_kernel(
+    d_ptr, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, partial_ptr, entries_ptr, M, C: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (parts of the rows, entries). An entry: offset of a node gradient's slice, term offset (-1: 1 in its place),
+    statistics row, coefficient (0: nothing is read and the sum is 0), row of sums. partial[row, part] = sum d * term.
+    """
+    part, parts, entries_ptr = tl.program_id(0), tl.num_programs(0), entries_ptr + tl.program_id(1) * 5
+    d_ptr += tl.multiple_of(tl.load(entries_ptr), 8)
+    term = tl.load(entries_ptr + 1)
+    row = tl.load(entries_ptr + 2).to(tl.int32)
+    coefficient = tl.load(coefficients_ptr + tl.load(entries_ptr + 3))
+    c = tl.arange(0, P)
+    total = tl.zeros([BLOCK, P], tl.float32)
+    if coefficient != 0:
+        for tile in range(part, tl.cdiv(M, BLOCK), parts):
+            rows = tile * BLOCK + tl.arange(0, BLOCK)
+            mask = (rows < M)[:, None] & (c < C)[None, :]
+            d = tl.load(d_ptr + (rows.to(tl.int64) * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            if term >= 0:
+                d *= _normalized(work_ptr + tl.multiple_of(term, 8), rows, c, row, mask, mean_ptr, inverse_ptr, C)
+            total += tl.where(mask, d, 0.0)
+    where = (tl.load(entries_ptr + 4) * parts + part) * C + c
+    tl.store(partial_ptr + where, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit
+def fold_kernel(
+    partial_ptr, sums_ptr, rows_ptr, from_ptr, PARTS, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, WIDTH). sums[rows[i] + w] = sum over parts of partial[from[i], part, w], in the order of the parts."""
+    i, w, c = tl.program_id(0), tl.program_id(1), tl.arange(0, P)
+    partial_ptr += (tl.load(from_ptr + i) * PARTS * WIDTH + w) * C
+    total = tl.zeros([P], tl.float32)
+    for start in range(0, PARTS, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        where = (part * (WIDTH * C))[:, None] + c[None, :]
+        total += tl.sum(tl.load(partial_ptr + where, mask=(part < PARTS)[:, None] & (c < C)[None, :], other=0.0), 0)
+    tl.store(sums_ptr + (tl.load(rows_ptr + i) + w) * C + c, total, mask=c < C)
+
+
+@triton.jit
+def draw_kernel(
+    d_ptr, raw_ptr, out_ptr, mean_ptr, inverse_ptr, coefficients_ptr, sums_ptr, opened_ptr, jobs_ptr, parts_ptr, M,
+    TRAINING: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Backward of normalizations. Grid (tiles, jobs). A job: raw offset, out offset, statistics row that normalizes raw,
+    row of the scale, instance, first part, parts. A part of the incoming gradient: d offset, coefficient, rows of the
+    sums of d and of d * normalized.
+    """
+    jobs_ptr += tl.program_id(1) * 7
+    if tl.load(opened_ptr + tl.load(jobs_ptr + 4)) == 0:
+        return
+    rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
+    mask = (rows < M)[:, None] & (c < C)[None, :]
+    where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
+    gradient, mean_d, mean_dx = tl.zeros([BLOCK, P], tl.float32), tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
+    first = tl.load(jobs_ptr + 5).to(tl.int32)
+    for i in range(first, first + tl.load(jobs_ptr + 6).to(tl.int32)):
+        part = parts_ptr + i * 4
+        coefficient = tl.load(coefficients_ptr + tl.load(part + 1))
+        if coefficient != 0:
+            d = d_ptr + tl.multiple_of(tl.load(part), 8)
+            gradient += coefficient * tl.load(d + where, mask=mask, other=0.0).to(tl.float32)
+            if TRAINING:
+                mean_d += coefficient * tl.load(sums_ptr + tl.load(part + 2) * C + c, mask=c < C, other=0.0) / M
+                mean_dx += coefficient * tl.load(sums_ptr + tl.load(part + 3) * C + c, mask=c < C, other=0.0) / M
+    inverse = tl.load(inverse_ptr + tl.load(jobs_ptr + 3) * C + c, mask=c < C, other=0.0)
+    if TRAINING:
+        raw = raw_ptr + tl.multiple_of(tl.load(jobs_ptr), 8)
+        row = tl.load(jobs_ptr + 2).to(tl.int32)
+        normalized = _normalized(raw, rows, c, row, mask, mean_ptr, inverse_ptr, C)
+        gradient -= mean_d[None, :] + normalized * mean_dx[None, :]
+    out = out_ptr + tl.multiple_of(tl.load(jobs_ptr + 1), 8)
+    tl.store(out + where, (gradient * inverse[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def state_bwd_kernel(
+    d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, coefficients_ptr, opened_ptr,
+    jobs_ptr, poolings_ptr, through_ptr, M, H, W, OH, OW, SLICE, D_OUT, STRIDE: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a state. Grid (tiles, jobs), a job a slice: dx offset (of the convolutions; -1: none), first
+    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, instance of the partial
+    sums. Of a pooling: offset of its gradient, index offset, mode, instance. Of an edge: d offset, coefficient of what it
+    lets through.
+
+    A node's gradient has the cell's output added, from d_out (rows of OUT_ROW, from D_OUT on), and is stored slice by
+    slice as before the shuffle. An input state's is stored as it is, with partial[instance, tile] = (sum, sum * state).
+    """
+    tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 10
+    rows, c = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
+    inside = rows < M
+    mask = inside[:, None] & (c < C)[None, :]
+    n, y, x = _position(rows, H, W)
+    where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
+    total = tl.zeros([BLOCK, P], tl.float32)
+    dx = tl.load(jobs_ptr)
+    if dx >= 0:
+        total += tl.load(dx_ptr + tl.multiple_of(dx, 8) + where, mask=mask, other=0.0).to(tl.float32)
+
+    over, chosen = where, mask  # where a pixel's share of what passes comes from
+    if STRIDE == 2:
+        over = (((n * OH + y // 2) * OW + x // 2).to(tl.int64) * C)[:, None] + c[None, :]
+        index = tl.load(index_ptr + tl.load(jobs_ptr + 3) + over, mask=mask, other=0)
+        chosen = mask & (index == ((y % 2) * 2 + x % 2)[:, None])
+    first = tl.load(jobs_ptr + 4).to(tl.int32)
+    for i in range(first, first + tl.load(jobs_ptr + 5).to(tl.int32)):
+        coefficient = tl.load(coefficients_ptr + tl.load(through_ptr + i * 2 + 1))
+        if coefficient != 0:
+            d = d_ptr + tl.multiple_of(tl.load(through_ptr + i * 2), 8)
+            total += coefficient * tl.load(d + over, mask=chosen, other=0.0).to(tl.float32)
+
+    first = tl.load(jobs_ptr + 1).to(tl.int32)
+    for i in range(first, first + tl.load(jobs_ptr + 2).to(tl.int32)):
+        pooling = poolings_ptr + i * 4
+        if tl.load(opened_ptr + tl.load(pooling + 3)) != 0:
+            pooled = d_pooled_ptr + tl.multiple_of(tl.load(pooling), 8)
+            index = index_ptr + tl.load(pooling + 1)
+            mode = tl.load(pooling + 2)
+            for tap in range(0, 9):
+                oy, ox = y + 1 - tap // 3, x + 1 - tap % 3
+                fits = inside & (oy >= 0) & (ox >= 0)
+                if STRIDE == 2:
+                    fits = fits & (oy % 2 == 0) & (ox % 2 == 0)
+                    oy, ox = oy // 2, ox // 2
+                fits = fits & (oy < OH) & (ox < OW)
+                place = (((n * OH + oy) * OW + ox).to(tl.int64) * C)[:, None] + c[None, :]
+                taken = fits[:, None] & (c < C)[None, :]
+                # of an average the padding does not count
+                top, left = tl.maximum(oy * STRIDE - 1, 0), tl.maximum(ox * STRIDE - 1, 0)
+                size = (tl.minimum(oy * STRIDE + 2, H) - top) * (tl.minimum(ox * STRIDE + 2, W) - left)
+                share = tl.where(mode == 0, 1.0, 1.0 / tl.maximum(size, 1).to(tl.float32))
+                held = tl.load(index + place, mask=taken & (mode == 0), other=255)
+                taken = taken & ((mode != 0) | (held == tap))
+                total += share[:, None] * tl.load(pooled + place, mask=taken, other=0.0).to(tl.float32)
+
+    out = out_ptr + tl.multiple_of(tl.load(jobs_ptr + 7), 8)
+    if IS_NODE:
+        channel = tl.load(jobs_ptr + 8).to(tl.int32) * C + c
+        place = (rows.to(tl.int64) * OUT_ROW)[:, None] + channel[None, :]
+        total += tl.load(d_out_ptr + D_OUT + place, mask=mask, other=0.0).to(tl.float32)
+        place = (rows.to(tl.int64) * C)[:, None] + ((channel % K) * SLICE + channel // K)[None, :]
+        tl.store(out + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        stored = tl.where(mask, total, 0.0).to(out_ptr.dtype.element_ty)
+        tl.store(out + where, stored, mask=mask)
+        total = stored.to(tl.float32)
+        state = tl.load(state_ptr + tl.multiple_of(tl.load(jobs_ptr + 6), 8) + where, mask=mask, other=0.0)
+        partial_ptr += (tl.load(jobs_ptr + 9) * tl.num_programs(0) + tile) * 2 * C + c
+        tl.store(partial_ptr, tl.sum(total, 0), mask=c < C)
+        tl.store(partial_ptr + C, tl.sum(total * state.to(tl.float32), 0), mask=c < C)
+
+
+@triton.jit
+def normalize_fwd_kernel(
+    raw_ptr, out_ptr, mean_ptr, inverse_ptr, M, SLICE, first, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (tiles, instances): instance i, SLICE elements from the last one, by row first + i of the statistics."""
+    i = tl.program_id(1)
+    rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
+    mask = (rows < M)[:, None] & (c < C)[None, :]
+    out = _normalized(raw_ptr + i.to(tl.int64) * SLICE, rows, c, first + i, mask, mean_ptr, inverse_ptr, C)
+    where = i.to(tl.int64) * SLICE + (rows.to(tl.int64) * C)[:, None] + c[None, :]
+    tl.store(out_ptr + where, out.to(out_ptr.dtype.element_ty), mask=mask)

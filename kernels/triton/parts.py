@@ -1,0 +1,320 @@
+"""The parts of a cell as functions of their own, with the cell's kernels: to be tested and timed alone."""
+
+import torch
+from torch import Tensor
+
+from ..spec import EPSILON
+from . import tuning
+from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad
+from .launch import launch, padded, pieces
+from .mixture import (
+    draw_kernel,
+    fold_kernel,
+    node_fwd_kernel,
+    node_reduce_kernel,
+    normalize_fwd_kernel,
+    state_bwd_kernel,
+)
+from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
+from .statistics import contract_kernel, expand_kernel, finalize_kernel, moments_kernel, sum_parts_kernel
+
+BLOCK = tuning.STATISTICS_BLOCK
+EDGES = 4  # of one job, as in a cell
+
+
+def _table(rows, device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x such that its pixels are rows a fixed distance apart, and that distance: itself where it is so, as a slice of a
+    wider channels_last map is."""
+    _, c, h, w = x.shape
+    row = x.stride(3)
+    if x.stride() == (h * w * row, 1, w * row, row) and row >= c:
+        return x, row
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x, c
+
+
+def _new(n: int, c: int, size, like: Tensor) -> Tensor:
+    return torch.empty(n, c, *size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _strided(size, stride: int):
+    return tuple(-(-side // stride) for side in size)
+
+
+class _Dense(torch.autograd.Function):
+    """ReLU and a convolution by dense weights of several edges: weight (E, taps, c_in, c)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, geometry, stride):
+        x, x_row = _rows(x)
+        edges, taps, c_in, c = weight.shape
+        n, wide, *size = x.shape
+        out = _new(n, edges * c, _strided(size, stride), x)
+        own = wide != c_in  # a slice an edge
+        each = taps * c_in * c
+        step = 1 if own else EDGES
+        firsts = range(0, edges, step)
+        shape = {"n": n, "size": tuple(size), "out_size": tuple(out.shape[2:]), "stride": stride, "c_in": c_in, "c": c}
+        jobs = [[e * c_in if own else 0, e * each, each, *geometry, e, e * c, min(step, edges - e), 0] for e in firsts]
+        none, opened = torch.empty(1, device=x.device), torch.ones(edges, dtype=torch.int32, device=x.device)
+        weight = weight.contiguous()
+        convolve_fwd(
+            x, weight, out, none, none, none, opened, _table(jobs, x.device), **shape, x_row=x_row, out_row=edges * c,
+            edge=c, weight_row=c, edges=step, normalize=False, statistics=False, block=BLOCK,
+            moved=(x.numel() + out.numel()) * x.element_size(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, opened)
+        ctx.geometry, ctx.shape, ctx.own, ctx.x_row = geometry, shape, own, x_row
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        x, weight, opened = ctx.saved_tensors
+        edges, taps, c_in, c = weight.shape
+        geometry, own, each = ctx.geometry, ctx.own, taps * c_in * c
+        d = d.contiguous(memory_format=torch.channels_last)
+        none = torch.empty(1, device=x.device)
+        step = 1 if own else EDGES
+        firsts = range(0, edges, step)
+        common = {"x_row": ctx.x_row, "d_row": edges * c, "edge": c, "edges": step, "normalize": False}
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = _new(x.shape[0], x.shape[1], x.shape[2:], x)
+            segments = [[e * c, e, min(step, edges - e), e * each, each, *geometry] for e in firsts]
+            jobs = [[e * c_in, e * c_in, e, 1, 0, 0] for e in firsts] if own else [[0, 0, 0, len(segments), 0, 0]]
+            convolve_dgrad(
+                d, weight, x, d_x, none, none, none, opened, _table(jobs, x.device), _table(segments, x.device),
+                **ctx.shape, **common, dx_row=x.shape[1], weight_row=c, block=BLOCK,
+                moved=(d.numel() + 2 * x.numel()) * x.element_size(),
+            )  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            jobs = [[e * c_in if own else 0, e * c, e, min(step, edges - e), *geometry, e * each, 0] for e in firsts]
+            partial = convolve_wgrad(
+                d, x, none, none, opened, _table(jobs, x.device), edges * each, **ctx.shape, **common, taps=taps,
+                moved=(d.numel() + x.numel()) * x.element_size(),
+            )  # fmt: skip
+            d_weight = torch.empty_like(weight)
+            launch(
+                sum_parts_kernel, (pieces(weight.numel(), 256),), {"partial_ptr": partial, "out_ptr": d_weight},
+                partial.nbytes, WIDTH=edges * each, PARTS=len(partial), START=0, SIZE=weight.numel(), BLOCK=256,
+                BLOCK_PARTS=16,
+            )  # fmt: skip
+        return d_x, d_weight, None, None
+
+
+class _Expand(torch.autograd.Function):
+    """(E, taps, c), (E, c, c) -> (E, taps, c, c)."""
+
+    @staticmethod
+    def forward(ctx, depthwise, pointwise):
+        edges, taps, c = depthwise.shape
+        ctx.save_for_backward(depthwise, pointwise)
+        out = torch.empty(edges, taps, c, c, device=depthwise.device)
+        tensors = {"depthwise_ptr": depthwise, "pointwise_ptr": pointwise, "out_ptr": out}
+        launch(expand_kernel, (edges,), tensors, 0, TAPS=taps, C=c, P=padded(c))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        depthwise, pointwise = ctx.saved_tensors
+        edges, taps, c = depthwise.shape
+        d_depthwise, d_pointwise = torch.empty_like(depthwise), torch.empty_like(pointwise)
+        tensors = {
+            "partial_ptr": d.contiguous(), "depthwise_ptr": depthwise, "pointwise_ptr": pointwise,
+            "d_depthwise_ptr": d_depthwise, "d_pointwise_ptr": d_pointwise,
+        }  # fmt: skip
+        launch(contract_kernel, (edges,), tensors, 0, TAPS=taps, PARTS=1, TOTAL=d.numel(), START=0, C=c, P=padded(c))
+        return d_depthwise, d_pointwise
+
+
+def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
+    edges, k, _, c = depthwise.shape
+    dense = _Expand.apply(depthwise.float().reshape(edges, k * k, c).contiguous(), pointwise.float().contiguous())
+    return _Dense.apply(x, dense, [k * k, k, dilation, dilation * (k - 1) // 2, 0], stride)
+
+
+def factorized_reduction(x, even, odd):
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(
+            f"a factorized reduction has stride 2 and needs an even size, but its input is {x.shape[2]}x{x.shape[3]}; "
+            "use images whose sides every reduction can halve, or fewer cells"
+        )
+    taps = torch.nn.functional.pad(even, (0, odd.shape[2])), torch.nn.functional.pad(odd, (even.shape[2], 0))
+    return _Dense.apply(x, torch.stack(taps, 1).float(), [2, 1, 1, 0, 1], 2)
+
+
+class _Pooling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mode, stride):
+        x, x_row = _rows(x)
+        n, c, *size = x.shape
+        out_size = _strided(size, stride)
+        out, m = _new(n, c, out_size, x), n * out_size[0] * out_size[1]
+        index = torch.empty(m * c, dtype=torch.uint8, device=x.device)
+        none, opened = torch.empty(1, device=x.device), torch.ones(1, dtype=torch.int32, device=x.device)
+        tensors = {
+            "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": none, "opened_ptr": opened,
+            "jobs_ptr": _table([[0, 0, 0, mode, -1]], x.device),
+        }  # fmt: skip
+        launch(
+            pool_fwd_kernel, (pieces(m, BLOCK), 1), tensors, (x.numel() + out.numel()) * x.element_size(), M=m,
+            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], STRIDE=stride, X_ROW=x_row, OUT_ROW=c, C=c,
+            STATISTICS=False, P=padded(c), BLOCK=BLOCK,
+        )  # fmt: skip
+        ctx.save_for_backward(index, opened)
+        ctx.mode, ctx.stride, ctx.shape = mode, stride, x.shape
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        index, opened = ctx.saved_tensors
+        n, c, *size = ctx.shape
+        d = d.contiguous(memory_format=torch.channels_last)
+        d_x, m = _new(n, c, size, d), n * size[0] * size[1]
+        zeros = torch.zeros(1, device=d.device)
+        partial = torch.empty(pieces(m, BLOCK) * 2 * c, device=d.device)
+        tables = [[[-1, 0, 1, 0, 0, 0, 0, 0, 0, 0]], [[0, 0, ctx.mode, 0]], [[0, 0]]]
+        jobs, poolings, through = (_table(rows, d.device) for rows in tables)
+        tensors = {
+            "d_ptr": d, "dx_ptr": d, "d_pooled_ptr": d, "index_ptr": index, "d_out_ptr": d, "state_ptr": d_x,
+            "out_ptr": d_x, "partial_ptr": partial, "coefficients_ptr": zeros, "opened_ptr": opened, "jobs_ptr": jobs,
+            "poolings_ptr": poolings, "through_ptr": through,
+        }  # fmt: skip
+        launch(
+            state_bwd_kernel, (pieces(m, BLOCK), 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), M=m,
+            H=size[0], W=size[1], OH=d.shape[2], OW=d.shape[3], SLICE=0, D_OUT=0, STRIDE=ctx.stride, K=1, C=c,
+            IS_NODE=False, OUT_ROW=c, P=padded(c), BLOCK=BLOCK,
+        )  # fmt: skip
+        return d_x, None, None
+
+
+def pooling(x, operation, *, stride=1):
+    return _Pooling.apply(x, MAXIMUM if operation == "max_pool_3x3" else AVERAGE, stride)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, raw, weight, mean, variance):
+        raw = raw.contiguous(memory_format=torch.channels_last)
+        n, c, h, w = raw.shape
+        m, device = n * h * w, raw.device
+        block = {"C": c, "P": padded(c)}
+        table, scales = torch.empty(2, c, device=device), torch.empty(2, c, device=device)
+        ctx.training = mean is None
+        if ctx.training:
+            partial, variance = torch.empty(pieces(m, BLOCK) * 2 * c, device=device), torch.empty(1, c, device=device)
+            tensors = {"x_ptr": raw, "partial_ptr": partial}
+            launch(moments_kernel, (pieces(m, BLOCK),), tensors, raw.nbytes, M=m, BLOCK=BLOCK, **block)
+            opened, rows = torch.ones(1, dtype=torch.int32, device=device), _table([0], device)
+            tensors = {
+                "partial_ptr": partial, "mean_ptr": table, "inverse_ptr": scales, "variance_ptr": variance,
+                "opened_ptr": opened, "rows_ptr": rows,
+            }  # fmt: skip
+            launch(
+                finalize_kernel, (1,), tensors, partial.nbytes, M=m, TILES=pieces(m, BLOCK), EPSILON=EPSILON, TILE=BLOCK,
+                BLOCK=32, **block,
+            )  # fmt: skip
+            variance = variance[0]
+        else:
+            table[0], scales[0] = mean, (variance + EPSILON).rsqrt()
+        # the second row normalizes and multiplies by the weight
+        table[1], scales[1] = table[0], scales[0] if weight is None else scales[0] * weight
+        out = torch.empty_like(raw)
+        tensors = {"raw_ptr": raw, "out_ptr": out, "mean_ptr": table, "inverse_ptr": scales}
+        launch(
+            normalize_fwd_kernel, (pieces(m, BLOCK), 1), tensors, 2 * raw.nbytes, M=m, SLICE=0, first=1, BLOCK=BLOCK,
+            **block,
+        )  # fmt: skip
+        ctx.save_for_backward(raw, table, scales)
+        ctx.has_weight = weight is not None
+        mean = table[0].clone()
+        ctx.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d, *_):
+        raw, table, scales = ctx.saved_tensors
+        n, c, h, w = raw.shape
+        m, device = n * h * w, raw.device
+        d = d.contiguous(memory_format=torch.channels_last)
+        block = {"C": c, "P": padded(c), "BLOCK": BLOCK}
+        one, opened = torch.ones(1, device=device), torch.ones(1, dtype=torch.int32, device=device)
+        entries = _table([[0, -1, 0, 0, 0], [0, 0, 0, 0, 1]], device)
+        parts = min(pieces(m, BLOCK), 64)
+        partial, sums = torch.empty(2 * parts * c, device=device), torch.empty(2, c, device=device)
+        tensors = {
+            "d_ptr": d, "work_ptr": raw, "mean_ptr": table, "inverse_ptr": scales, "coefficients_ptr": one,
+            "partial_ptr": partial, "entries_ptr": entries,
+        }  # fmt: skip
+        launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **block)
+        rows = _table([0, 1], device)
+        tensors = {"partial_ptr": partial, "sums_ptr": sums, "rows_ptr": rows, "from_ptr": rows}
+        launch(fold_kernel, (2, 1), tensors, partial.nbytes, PARTS=parts, WIDTH=1, **(block | {"BLOCK": 32}))
+        d_raw = torch.empty_like(raw)
+        tensors = {
+            "d_ptr": d, "raw_ptr": raw, "out_ptr": d_raw, "mean_ptr": table, "inverse_ptr": scales,
+            "coefficients_ptr": one, "sums_ptr": sums, "opened_ptr": opened,
+            "jobs_ptr": _table([[0, 0, 0, 1, 0, 0, 1]], device), "parts_ptr": _table([[0, 0, 0, 1]], device),
+        }  # fmt: skip
+        launch(draw_kernel, (pieces(m, BLOCK), 1), tensors, 3 * raw.nbytes, M=m, TRAINING=ctx.training, **block)
+        return d_raw, sums[1] if ctx.has_weight else None, None, None
+
+
+def normalize(raw, weight=None, statistics=None):
+    given = (None, None) if statistics is None else tuple(s.float() for s in statistics)
+    return _Normalize.apply(raw, None if weight is None else weight.float(), *given)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sizes, coefficients, *terms):
+        """sizes: terms of each slice. coefficients: (terms,)."""
+        terms = [term.contiguous(memory_format=torch.channels_last) for term in terms]
+        base, k = terms[0], len(sizes)
+        n, c, h, w = base.shape
+        m, device = n * h * w, base.device
+        # terms are tensors of their own: their places are told as distances from the first
+        places = [(term.data_ptr() - base.data_ptr()) // base.element_size() for term in terms]
+        if any(term.data_ptr() % 16 for term in terms):
+            terms = [term.clone() for term in terms]
+            return _Node.forward(ctx, sizes, coefficients, *terms)
+        table = [[place, 0, i] for i, place in enumerate(places)]
+        starts = [sum(sizes[:s]) for s in range(k + 1)]
+        out, state = _new(n, k * c, (h, w), base), torch.empty(k * m * c, dtype=base.dtype, device=device)
+        tensors = {
+            "work_ptr": base, "state_ptr": state, "out_ptr": out, "mean_ptr": torch.zeros(1, c, device=device),
+            "inverse_ptr": torch.ones(1, c, device=device), "coefficients_ptr": coefficients,
+            "terms_ptr": _table(table, device), "starts_ptr": _table(starts, device),
+        }  # fmt: skip
+        launch(
+            node_fwd_kernel, (pieces(m, BLOCK), k), tensors, sum(t.nbytes for t in terms) + 2 * out.nbytes, M=m,
+            SLICE=m * c, K=k, OUT_ROW=k * c, C=c, P=padded(c), BLOCK=BLOCK,
+        )  # fmt: skip
+        ctx.save_for_backward(coefficients, *terms)
+        ctx.sizes = sizes
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        coefficients, *terms = ctx.saved_tensors
+        k = len(ctx.sizes)
+        slices = [d[:, s::k] for s, size in enumerate(ctx.sizes) for _ in range(size)]
+        d_terms = [part * c.to(part.dtype) for part, c in zip(slices, coefficients.unbind())]
+        d_coefficients = [(part.float() * term.float()).sum() for part, term in zip(slices, terms)]
+        return None, torch.stack(d_coefficients), *d_terms
+
+
+def node(slices):
+    terms = [term for terms in slices for term, _ in terms]
+    one = torch.ones((), device=terms[0].device)
+    given = [one if coefficient is None else coefficient.float() for terms in slices for _, coefficient in terms]
+    return _Node.apply([len(terms) for terms in slices], torch.stack(given), *terms)

@@ -1,0 +1,460 @@
+"""Where everything of a cell lies, and the tables of jobs that its kernels read: made once for a shape, and kept."""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+
+from ..spec import OPERATIONS, CellSpec
+from .pools import AVERAGE, BYPASS, MAXIMUM
+
+ALWAYS, NEVER = -2, -1  # in the table of what opens a row of the statistics
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A stage of an operation, or a factorized reduction: a dense convolution of a path's slice."""
+
+    name: str  # key of spec.statistics
+    path: int
+    stage: int
+    taps: int
+    side: int
+    dilation: int
+    pad: int
+    skew: int
+    first: int  # statistics row of edge row 0
+    last: bool  # whether what follows its normalization is the node
+
+    @property
+    def geometry(self) -> list[int]:
+        return [self.taps, self.side, self.dilation, self.pad, self.skew]
+
+    @property
+    def depthwise(self) -> str:
+        """Name of the packed weight."""
+        return f"{self.name[:-2]}_depthwise_{self.stage}"
+
+    @property
+    def pointwise(self) -> str:
+        return f"{self.name[:-2]}_pointwise_{self.stage}"
+
+
+class Plan:
+    """For a cell of a spec on maps of (H, W) = size, the size of states 0 and 1, of n images on a device.
+
+    An *instance* is a row of the cell's statistics and, but for preprocessing, the raw output that it normalizes.
+    """
+
+    def __init__(self, spec: CellSpec, n: int, size: tuple[int, int], device: torch.device):
+        self.spec, self.n, self.device = spec, n, device
+        self.c, self.k, self.nodes = spec.slice_channels, spec.partial, spec.nodes
+        self.inner = size
+        self.outer = tuple(side // 2 for side in size) if spec.reduction else size
+        self.m_in, self.m = (n * h * w for h, w in (self.inner, self.outer))
+        if max(self.m_in, self.m) * max(self.c * self.k * self.nodes, *spec.input_channels) >= 2**31:
+            raise ValueError(f"{n} images of {size[0]}x{size[1]} are too many for one cell; use a smaller batch")
+        self.slice_in, self.slice = (-(-rows * self.c // 16) * 16 for rows in (self.m_in, self.m))
+        self.strided = spec.reduction
+        self.states_end = 2 * self.k * self.slice_in
+        self.raw_start = self.states_end + self.nodes * self.k * self.slice
+        self.instances = spec.statistics_rows
+        self.bypass_start = self.raw_start + (self.instances - 2 * self.k) * self.slice
+        self.workspace = self.bypass_start + (2 * self.k * self.slice if self.strided else 0)
+        self.columns = len(spec.operations) + self.k  # of the coefficients
+        self.edges = len(spec.edges)
+        self.one = self.edges * self.columns  # the coefficient that is 1
+        # rows of sums: of each coefficient, of each node's slices, of each instance (d, d * normalized)
+        self.node_sums = self.edges * self.columns
+        self.instance_sums = self.node_sums + self.nodes * self.k
+        self.sums = self.instance_sums + 2 * self.instances
+        self._tables = {}
+        self.groups = [(0, 1), *((source,) for source in range(2, spec.nodes + 1))]
+
+    # Places in the workspace ------------------------------------------------------------------------------------------
+
+    def state(self, source: int, s: int) -> int:
+        if source < 2:
+            return (source * self.k + s) * self.slice_in
+        return self.states_end + ((source - 2) * self.k + s) * self.slice
+
+    def raw(self, instance: int) -> int:
+        return self.raw_start + (instance - 2 * self.k) * self.slice
+
+    def bypass(self, source: int, s: int) -> int:
+        return self.bypass_start + (source * self.k + s) * self.slice
+
+    def index(self, source: int, s: int, of_bypass: bool = False) -> int:
+        """Of the maxima, in a buffer of its own."""
+        return ((self.nodes + 1 if of_bypass else 0) + source) * self.k * self.slice + s * self.slice
+
+    @property
+    def index_size(self) -> int:
+        return (self.nodes + 3) * self.k * self.slice
+
+    def node_gradient(self, node: int, s: int) -> int:
+        return (node * self.k + s) * self.slice
+
+    def coefficient(self, row: int, column: int) -> int:
+        return row * self.columns + column
+
+    def through(self, row: int, s: int) -> int:
+        return self.coefficient(row, len(self.spec.operations) + s)
+
+    # What there is to compute -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def convolutions(self) -> list[Convolution]:
+        found = []
+        for column, name in enumerate(self.spec.operations):
+            operation, path = OPERATIONS[name], self.spec.path_of_operation[column]
+            k, dilation = operation.kernel_size, operation.dilation
+            for stage in range(operation.stages):
+                key, last = f"{name}_{stage}", stage == operation.stages - 1
+                first = self.spec.statistics[key].start
+                found.append(Convolution(key, path, stage, k * k, k, dilation, dilation * (k - 1) // 2, 0, first, last))
+            if operation.kind == "skip" and self.strided:
+                found.append(Convolution(name, path, 0, 2, 1, 1, 0, 1, self.spec.statistics[name].start, True))
+        return found
+
+    def column(self, name: str) -> int:
+        """Of the coefficients: of an operation, or of the convolution that it ends with."""
+        return next(i for i, operation in enumerate(self.spec.operations) if name.startswith(operation))
+
+    def has_row(self, convolution: Convolution, row: int) -> bool:
+        """Factorized reductions are on strided edges only."""
+        return convolution.skew == 0 or row < self.spec.strided_rows
+
+    @cached_property
+    def poolings(self) -> list[tuple[str, int]]:
+        """(name, path)."""
+        return [
+            (name, self.spec.path_of_operation[i])
+            for i, name in enumerate(self.spec.operations)
+            if OPERATIONS[name].kind == "pooling"
+        ]
+
+    def node_of(self, row: int) -> int:
+        return self.spec.edges[self.spec.source_order[row]].node
+
+    def source_of(self, row: int) -> int:
+        return self.spec.edges[self.spec.source_order[row]].source
+
+    def table(self, rows) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def cached(self, key, make) -> torch.Tensor:
+        """A table on the device, made once."""
+        if key not in self._tables:
+            self._tables[key] = self.table(make())
+        return self._tables[key]
+
+    def jobs(self, name: str, group, make) -> tuple:
+        """What make returns, a list of rows or several, with each as a table on the device; made once."""
+        if (name, group) not in self._tables:
+            lists = make()
+            several = isinstance(lists, tuple)
+            tables = tuple(self.table(rows or [[0]]) for rows in (lists if several else (lists,)))
+            self._tables[name, group] = (lists if several else (lists,)) + tables
+        return self._tables[name, group]
+
+    def open_instances(self, gates: list[bool] | None) -> list[bool]:
+        """gates: of each edge and path, flat; None where they are not known, which counts all as open."""
+        uses = self.mix_uses
+        return [any(u == ALWAYS or (u >= 0 and (gates is None or gates[u])) for u in row) for row in uses]
+
+    @cached_property
+    def mix_tables(self) -> dict[str, torch.Tensor]:
+        spec = self.spec
+        identity = [[-1] * self.k for _ in range(self.edges)]
+        for column, name in enumerate(spec.operations):
+            if OPERATIONS[name].kind == "skip":
+                for row in range(spec.strided_rows, self.edges):
+                    identity[row][spec.path_of_operation[column]] = column
+        return {
+            "order_ptr": self.table(spec.source_order),
+            "path_ptr": self.table(spec.path_of_operation),
+            "identity_ptr": self.table(identity),
+            "uses_ptr": self.table(self.mix_uses),
+        }
+
+    @cached_property
+    def mix_uses(self) -> list[list[int]]:
+        """Of every instance, the gates that open it, by their place in (edges, paths)."""
+        spec, paths = self.spec, self.spec.paths
+        uses = [[NEVER] * max(len(rows) for rows in spec.rows_by_source) for _ in range(self.instances)]
+        for instance in range(2 * self.k):
+            uses[instance][0] = ALWAYS
+        for convolution in self.convolutions:
+            for row in range(self.edges):
+                if self.has_row(convolution, row):
+                    gate = spec.source_order[row] * paths + convolution.path
+                    uses[convolution.first + row][0] = gate
+        for name, path in self.poolings:
+            for source, rows in enumerate(spec.rows_by_source):
+                for i, row in enumerate(rows):
+                    uses[spec.statistics[name][source]][i] = spec.source_order[row] * paths + path
+        return uses
+
+    # Jobs of the forward ----------------------------------------------------------------------------------------------
+
+    def preprocess_shape(self, i: int) -> dict:
+        factorized = i == 0 and self.spec.factorized_input
+        size = tuple(2 * side for side in self.inner) if factorized else self.inner
+        return {
+            "n": self.n, "size": size, "out_size": self.inner, "stride": 2 if factorized else 1,
+            "c_in": self.spec.input_channels[i], "c": self.c,
+        }  # fmt: skip
+
+    def preprocess_geometry(self, i: int) -> list[int]:
+        """A 1x1 convolution; factorized, one of the even pixels and one of the odd ones."""
+        return [2, 1, 1, 0, 1] if i == 0 and self.spec.factorized_input else [1, 1, 1, 0, 0]
+
+    def preprocess_job(self, i: int) -> list[int]:
+        """The slices of the state are its edges: they lie side by side in the weights' columns."""
+        return [0, 0, self.c, *self.preprocess_geometry(i), i * self.k, i * self.k * self.slice_in, self.k, 0]
+
+    def first_stage_jobs(self, group, dense: dict[str, int]):
+        """dense: offset of each convolution's dense weights."""
+        jobs = []
+        for source in group:
+            rows = self.spec.rows_by_source[source]
+            for v in self.convolutions:
+                if v.stage == 0 and self.has_row(v, rows.start):
+                    weight_edge = v.taps * self.c * self.c
+                    first = v.first + rows.start
+                    jobs.append([
+                        self.state(source, v.path), dense[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
+                        first, self.raw(first), len(rows), 0,
+                    ])  # fmt: skip
+        return jobs
+
+    def second_stage_jobs(self, group, dense: dict[str, int]):
+        jobs = []
+        for source in group:
+            for row in self.spec.rows_by_source[source]:
+                for v in self.convolutions:
+                    if v.stage == 1:
+                        weight_edge, before = v.taps * self.c * self.c, self.stage_before(v) + row
+                        jobs.append([
+                            self.raw(before), dense[v.name] + row * weight_edge, weight_edge, *v.geometry,
+                            v.first + row, self.raw(v.first + row), 1, before,
+                        ])  # fmt: skip
+        return jobs
+
+    def rows_of(self, sources) -> range:
+        """Edge rows of consecutive sources."""
+        return range(self.spec.rows_by_source[sources[0]].start, self.spec.rows_by_source[sources[-1]].stop)
+
+    def stage_before(self, convolution: Convolution) -> int:
+        """Statistics row of edge row 0 of the first stage."""
+        return self.spec.statistics[convolution.name[:-1] + "0"].start
+
+    def pool_jobs(self, group):
+        jobs = []
+        for source in group:
+            for name, path in self.poolings:
+                instance = self.spec.statistics[name][source]
+                mode = MAXIMUM if name.startswith("max") else AVERAGE
+                jobs.append([self.state(source, path), self.raw(instance), self.index(source, path), mode, instance])
+            if self.spec.stride(source) == 2:
+                for s in range(self.k):
+                    jobs.append([
+                        self.state(source, s), self.bypass(source, s), self.index(source, s, True), BYPASS, -1
+                    ])  # fmt: skip
+        return jobs
+
+    def instances_of(self, group, stage: int) -> list[int]:
+        """Statistics rows that are known after a group's stage."""
+        rows = [row for source in group for row in self.spec.rows_by_source[source]]
+        found = [v.first + r for v in self.convolutions if v.stage == stage for r in rows if self.has_row(v, r)]
+        if stage == 0:
+            found += [self.spec.statistics[name][source] for name, _ in self.poolings for source in group]
+        return found
+
+    def node_terms(self, node: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Terms of all slices, and where each slice's begin."""
+        slices = self.terms(node)
+        starts = [sum(len(terms) for terms in slices[:s]) for s in range(self.k + 1)]
+        return (
+            self.cached(("terms", node), lambda: [term for terms in slices for term in terms]),
+            self.cached(("starts", node), lambda: starts),
+        )
+
+    def terms(self, node: int):
+        """Of each slice of a node: (offset, statistics row, coefficient); the row behind all others is no normalization."""
+        slices = [[] for _ in range(self.k)]
+        for row in range(self.edges):
+            if self.node_of(row) == node:
+                source = self.source_of(row)
+                for v in self.convolutions:
+                    if v.last and self.has_row(v, row):
+                        instance = v.first + row
+                        coefficient = self.coefficient(row, self.column(v.name))
+                        slices[v.path].append([self.raw(instance), instance, coefficient])
+                for name, path in self.poolings:
+                    instance = self.spec.statistics[name][source]
+                    coefficient = self.coefficient(row, self.column(name))
+                    slices[path].append([self.raw(instance), instance, coefficient])
+                for s in range(self.k):
+                    place = self.bypass(source, s) if self.spec.stride(source) == 2 else self.state(source, s)
+                    slices[s].append([place, self.instances, self.through(row, s)])
+        return slices
+
+    # Jobs of the backward ---------------------------------------------------------------------------------------------
+
+    def reduce_entries(self, node: int, with_through: bool):
+        entries = []
+        for s, terms in enumerate(self.terms(node)):
+            d = self.node_gradient(node, s)
+            entries.append([d, -1, self.instances, self.one, self.node_sums + node * self.k + s])
+            for place, row, coefficient in terms:
+                if row < self.instances or with_through:
+                    entries.append([d, place, row, coefficient, coefficient])
+        return entries
+
+    def node_part(self, row: int, path: int, column: int):
+        """Of what comes from the node at an edge's end: gradient, coefficient, sums of it and of it times the term."""
+        node, coefficient = self.node_of(row), self.coefficient(row, column)
+        return [self.node_gradient(node, path), coefficient, self.node_sums + node * self.k + path, coefficient]
+
+    def last_draw_jobs(self, group):
+        """Normalizations right before a node: (jobs, parts)."""
+        jobs, parts = [], []
+
+        def add(instance, sources):
+            place = self.raw(instance)
+            d = place - self.raw_start
+            jobs.append([place, d, instance, instance, instance, len(parts), len(sources)])
+            parts.extend(sources)
+
+        for source in group:
+            rows = self.spec.rows_by_source[source]
+            for v in self.convolutions:
+                for row in rows:
+                    if v.last and self.has_row(v, row):
+                        add(v.first + row, [self.node_part(row, v.path, self.column(v.name))])
+            for name, path in self.poolings:
+                column = self.column(name)
+                add(self.spec.statistics[name][source], [self.node_part(row, path, column) for row in rows])
+        return jobs, parts
+
+    def first_draw_jobs(self, group):
+        """Normalizations between the two stages; the gradient lies where its own is to go."""
+        jobs, parts = [], []
+        for instance in self.between(group):
+            place = self.raw(instance)
+            d = place - self.raw_start
+            sums = self.instance_sums + 2 * instance
+            jobs.append([place, d, instance, instance, instance, len(parts), 1])
+            parts.append([d, self.one, sums, sums + 1])
+        return jobs, parts
+
+    def between(self, group) -> list[int]:
+        """Instances of first stages that a second one follows."""
+        rows = [row for source in group for row in self.spec.rows_by_source[source]]
+        return [self.stage_before(v) + row for v in self.convolutions if v.stage == 1 for row in rows]
+
+    def second_stage_dgrad_jobs(self, group, dense: dict[str, int]):
+        """(jobs, segments)."""
+        jobs, segments = [], []
+        for source in group:
+            for row in self.spec.rows_by_source[source]:
+                for v in self.convolutions:
+                    if v.stage == 1:
+                        before, weight_edge = self.stage_before(v) + row, v.taps * self.c * self.c
+                        d = self.raw(before) - self.raw_start
+                        jobs.append([self.raw(before), d, len(segments), 1, before, before])
+                        segments.append([
+                            self.raw(v.first + row) - self.raw_start, v.first + row, 1,
+                            dense[v.name] + row * weight_edge, weight_edge, *v.geometry,
+                        ])  # fmt: skip
+        return jobs, segments
+
+    def first_stage_dgrad_jobs(self, group, dense: dict[str, int]):
+        """A job a slice that any convolution reads: (jobs, segments). Gradients lie source by source, slice by slice."""
+        jobs, segments = [], []
+        for source in group:
+            rows = self.spec.rows_by_source[source]
+            for path in range(self.spec.paths):
+                start = len(segments)
+                for v in self.convolutions:
+                    if v.stage == 0 and v.path == path and self.has_row(v, rows.start):
+                        weight_edge, first = v.taps * self.c * self.c, v.first + rows.start
+                        segments.append([
+                            self.raw(first) - self.raw_start, first, len(rows),
+                            dense[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
+                        ])  # fmt: skip
+                if len(segments) > start:
+                    jobs.append([
+                        self.state(source, path), self.state_gradient(group, source, path), start,
+                        len(segments) - start, 0, 0,
+                    ])  # fmt: skip
+        return jobs, segments
+
+    def state_gradient(self, group, source: int, s: int) -> int:
+        return (group.index(source) * self.k + s) * (self.slice_in if source < 2 else self.slice)
+
+    def state_jobs(self, group):
+        """The gradient of states, a job a slice: (jobs, poolings, edges). No edge leaves the last node, (nodes + 1,)."""
+        jobs, poolings, through = [], [], []
+        for source in group:
+            rows = self.spec.rows_by_source[source] if source <= self.nodes else range(0)
+            for s in range(self.k):
+                first, start = len(poolings), len(through)
+                through += [[self.node_gradient(self.node_of(row), s), self.through(row, s)] for row in rows]
+                for name, path in self.poolings if rows else ():
+                    if path == s:
+                        instance = self.spec.statistics[name][source]
+                        mode = MAXIMUM if name.startswith("max") else AVERAGE
+                        poolings.append([self.raw(instance) - self.raw_start, self.index(source, s), mode, instance])
+                convolved = rows and any(
+                    v.stage == 0 and v.path == s and self.has_row(v, rows.start) for v in self.convolutions
+                )
+                out = self.state_gradient(group, source, s) if source < 2 else self.node_gradient(source - 2, 0)
+                jobs.append([
+                    self.state_gradient(group, source, s) if convolved else -1, first, len(poolings) - first,
+                    self.index(source, s, True) if source < 2 else 0, start, len(through) - start,
+                    self.state(source, s), out, s, source * self.k + s,
+                ])  # fmt: skip
+        return jobs, poolings, through
+
+    def state_draw_jobs(self):
+        """Normalizations of the input states, in place; a state is its own normalized output: (jobs, parts)."""
+        jobs, parts = [], []
+        for instance in range(2 * self.k):
+            d, sums = instance * self.slice_in, self.instance_sums + 2 * instance
+            jobs.append([d, d, self.instances, instance, instance, instance, 1])
+            parts.append([d, self.one, sums, sums + 1])
+        return jobs, parts
+
+    def first_stage_wgrad_jobs(self, sources, partial: dict[str, int]):
+        """partial: offset of each convolution's weight gradient in a part's results."""
+        jobs = []
+        for source in sources:
+            rows = self.spec.rows_by_source[source]
+            for v in self.convolutions:
+                if v.stage == 0 and self.has_row(v, rows.start):
+                    first, weight_edge = v.first + rows.start, v.taps * self.c * self.c
+                    jobs.append([
+                        self.state(source, v.path), self.raw(first) - self.raw_start, first, len(rows), *v.geometry,
+                        partial[v.name] + rows.start * weight_edge, 0,
+                    ])  # fmt: skip
+        return jobs
+
+    def second_stage_wgrad_jobs(self, partial: dict[str, int]):
+        jobs = []
+        for row in range(self.edges):
+            for v in self.convolutions:
+                if v.stage == 1:
+                    before, weight_edge = self.stage_before(v) + row, v.taps * self.c * self.c
+                    jobs.append([
+                        self.raw(before), self.raw(v.first + row) - self.raw_start, v.first + row, 1, *v.geometry,
+                        partial[v.name] + row * weight_edge, before,
+                    ])  # fmt: skip
+        return jobs
+
+
+@lru_cache(256)
+def plan(spec: CellSpec, n: int, size: tuple[int, int], device: torch.device) -> Plan:
+    return Plan(spec, n, size, device)
