@@ -40,11 +40,11 @@ def search_model(setting: Setting, side: Side, config: SearchConfig) -> nn.Modul
     """The supernet of a side; the naive one has its weights."""
     model = build_supernet(config, 10).to(setting.device)
     if side.today:
-        model = NaiveSuperNet(model, side.branches)
+        model = NaiveSuperNet(model, side.branches).to(memory_format=side.memory_format)
     if side.name == "compile":
         for cell in model.cells:
             cell.compile()
-    return model.to(memory_format=side.memory_format)
+    return model
 
 
 def search_step(side, setting, architecture):

@@ -1,6 +1,7 @@
 """The command: parse, call, print. Heavy imports wait until a command needs them."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from fpdarts.config import EvaluateConfig, RetrainConfig, SearchConfig, Stem
-from fpdarts.errors import NonFiniteLoss, RunError
+from fpdarts.config import Amp, EvaluateConfig, Kernels, RetrainConfig, SearchConfig, Stem
+from fpdarts.errors import KernelMismatch, NonFiniteLoss, RunError
 from fpdarts.kernels import BackendUnavailable
 
 
@@ -68,17 +69,31 @@ class GenotypeCommand:
     )
 
 
+@dataclass(frozen=True)
+class CheckKernels:
+    """Check the kernels on this machine against the reference in float64, operation by operation."""
+
+    device: str = "auto"
+    """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    kernels: Kernels = "auto"
+    amp: Amp = "off"
+    """Mixed precision: bf16 is for CUDA; gradients of PyTorch on CPUs are wrong with it."""
+    json: bool = False
+    """Print the result as JSON on standard output; the table goes to standard error."""
+
+
 Command = (
     Annotated[SearchConfig, tyro.conf.subcommand("search")]
     | Annotated[RetrainConfig, tyro.conf.subcommand("retrain")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[GenotypeCommand, tyro.conf.subcommand("genotype")]
+    | Annotated[CheckKernels, tyro.conf.subcommand("check-kernels")]
 )
 _DESCRIPTION = "Fast parallel differentiable architecture search: search, retrain, evaluate."
 _CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 # A resumed run may move to another machine; all else must be as it was, or it would not be the same run.
-_MAY_CHANGE = {"resume", "json", "out", "device", "workers", "kernels"}
+_MAY_CHANGE = {"resume", "json", "out", "device", "workers", "kernels", "verify_every"}
 
 
 def main(arguments: list[str] | None = None):
@@ -89,7 +104,7 @@ def main(arguments: list[str] | None = None):
     )
     try:
         _run(command, arguments)
-    except (ValueError, OSError, RunError, NonFiniteLoss, BackendUnavailable) as error:
+    except (ValueError, OSError, RunError, NonFiniteLoss, KernelMismatch, BackendUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -110,6 +125,8 @@ def _run(command, arguments):
         from fpdarts.evaluate import evaluate
 
         _print_result(evaluate(command), command.json)
+    elif isinstance(command, CheckKernels):
+        _check_kernels(command)
     else:
         _genotype(command.action)
 
@@ -155,6 +172,25 @@ def _readable(genotype: dict) -> str:
             edges = ", ".join(f"{name} of state {source}" for name, source in genotype[kind][i : i + 2])
             lines.append(f"    node {i // 2} (state {i // 2 + 2}): {edges}")
     return "\n".join(lines)
+
+
+def _check_kernels(command):
+    from fpdarts.check import check_kernels
+
+    def say(line):
+        print(line, file=sys.stderr if command.json else sys.stdout, flush=True)
+
+    report = check_kernels(command.kernels, command.device, command.amp, say)
+    rows = report["rows"]
+    if command.json:  # which has no word for infinity
+        rows = [{name: None if value == math.inf else value for name, value in row.items()} for row in rows]
+        print(json.dumps({**report, "rows": rows}))
+    if not report["passed"]:
+        wrong = sum(not row["passed"] for row in rows)
+        raise KernelMismatch(
+            f"kernels {report['kernels']} are out of tolerance in {wrong} of {len(rows)} operations, marked WRONG; "
+            "choose others by --kernels, or --amp off"
+        )
 
 
 def _genotype(action):

@@ -88,6 +88,8 @@ class SearchConfig(RunConfig):
     """Part of the training images that trains the architecture and validates."""
     validate_every: int = 1
     """Validate every so many epochs, and after the last one."""
+    verify_every: int = 0
+    """Compare the cells with the reference at every so many weight steps, and stop where they differ; 0 for never."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _check(config):
             together < 1 + 1e-9, "architecture_fraction", f"at most 1 - {config.weight_fraction} (--weight-fraction)"
         )
         require(config.architecture_from >= 0, "architecture_from", "at least 0")
+        require(config.verify_every >= 0, "verify_every", "at least 0")
         require(config.unrolled_step_size > 0, "unrolled_step_size", "positive")
     else:
         require(0 <= config.drop_path < 1, "drop_path", "at least 0 and below 1")

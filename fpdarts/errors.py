@@ -7,3 +7,7 @@ class RunError(RuntimeError):
 
 class NonFiniteLoss(RuntimeError):
     """Training met a loss that is not a number; the message names step, learning rate and last good checkpoint."""
+
+
+class KernelMismatch(RuntimeError):
+    """Kernels computed something else than the reference; the message names what, and says what to do."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fpdarts import config as configuration
 from fpdarts import kernels
 from fpdarts.architect import Architect, frozen
+from fpdarts.check import verify_step
 from fpdarts.config import SearchConfig, learning_rate
 from fpdarts.data import Loader, augmentation, open_data
 from fpdarts.gates import GateSampler
@@ -30,8 +31,8 @@ from fpdarts.training import (
 def search(config: SearchConfig) -> dict:
     """Run a search, or go on with one; returns what result.json holds, with the run directory and the genotype.
 
-    Raises DataError, RunError, ValueError or BackendUnavailable before training starts wherever that can be known, and
-    NonFiniteLoss when training diverges.
+    Raises DataError, RunError, ValueError or BackendUnavailable before training starts wherever that can be known,
+    NonFiniteLoss when training diverges, and KernelMismatch when a step that is verified is not the reference's.
     """
     device = select_device(config.device)
     backend = kernels.backend(config.kernels, device.type)  # fails now, with the reason, not after the data is read
@@ -40,7 +41,7 @@ def search(config: SearchConfig) -> dict:
     weight_loader, architecture_loader, validation_loader = _loaders(config, data, device)
 
     torch.manual_seed(config.seed)
-    model = build_supernet(config, len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = build_supernet(config, len(data.classes)).to(device)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=config.seed)
     weight_optimizer, architect = optimizers(config, model, device)
     _try_out(model, data.image_size, gates, device)
@@ -62,10 +63,13 @@ def search(config: SearchConfig) -> dict:
         model.train()
         progress.start_epoch()
         held_out = _endless(architecture_loader, epoch * -(-steps // len(architecture_loader)))
-        for batch in weight_loader.epoch(epoch):
+        for step, batch in enumerate(weight_loader.epoch(epoch), epoch * steps):
             if epoch >= config.architecture_from:
                 architect.step(next(held_out), gates.sample(), batch if config.unrolled else None)
-            loss, logits = weight_step(model, weight_optimizer, batch, gates.sample(), config)
+            step_gates = gates.sample()
+            if config.verify_every and step % config.verify_every == 0:
+                verify_step(model, batch[0], step_gates, config.amp, step)
+            loss, logits = weight_step(model, weight_optimizer, batch, step_gates, config)
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()

@@ -33,17 +33,12 @@ class Cell(nn.Module):
         self.register_buffer("running_variance", torch.ones(table))
 
     def forward(self, inputs, operation_weights, edge_weights, gates, kernels):
+        """Returns (output, Statistics of the batch or None in evaluation)."""
         weights = dict(self.named_parameters(recurse=False))
         statistics = None if self.training else (self.running_mean, self.running_variance)
-        out, batch = kernel_backends.cell(
+        return kernel_backends.cell(
             self.spec, inputs, weights, operation_weights, edge_weights, gates, statistics, kernels=kernels
         )
-        if batch is not None:
-            with torch.no_grad():
-                momentum = _MOMENTUM * batch.updated  # 0 for the rows of closed paths, which rest
-                self.running_mean.lerp_(batch.mean, momentum.expand_as(batch.mean))
-                self.running_variance.lerp_(batch.variance, momentum.expand_as(batch.variance))
-        return out
 
 
 def _stem(kind: str, channels: int) -> nn.ModuleList:
@@ -53,9 +48,12 @@ def _stem(kind: str, channels: int) -> nn.ModuleList:
         return [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)]
 
     if kind == "cifar":
-        return nn.ModuleList([nn.Sequential(*convolution(3, channels, 1)), nn.Identity()])
-    first = nn.Sequential(*convolution(3, channels // 2, 2), nn.ReLU(), *convolution(channels // 2, channels, 2))
-    return nn.ModuleList([first, nn.Sequential(nn.ReLU(), *convolution(channels, channels, 2))])
+        modules = [nn.Sequential(*convolution(3, channels, 1)), nn.Identity()]
+    else:
+        first = nn.Sequential(*convolution(3, channels // 2, 2), nn.ReLU(), *convolution(channels // 2, channels, 2))
+        modules = [first, nn.Sequential(nn.ReLU(), *convolution(channels, channels, 2))]
+    # the format of all maps; packed weights have four dimensions too, but are to stay as they are
+    return nn.ModuleList(modules).to(memory_format=torch.channels_last)
 
 
 class SuperNet(nn.Module):
@@ -152,10 +150,27 @@ class SuperNet(nn.Module):
         mixing = {kind: self.mixing_weights(kind) for kind in ("normal", "reduce")}
         first = self.stem[0](images.contiguous(memory_format=torch.channels_last))
         states = first, self.stem[1](first)
+        statistics = []
         for cell, cell_gates in zip(self.cells, gates):
             alpha, beta = mixing["reduce" if cell.spec.reduction else "normal"]
-            states = states[1], cell(states, alpha, beta, cell_gates, self.kernels)
+            out, batch = cell(states, alpha, beta, cell_gates, self.kernels)
+            states = states[1], out
+            statistics.append(batch)
+        if self.training:
+            self._update_statistics(statistics)
         return self.classifier(states[1].mean((2, 3)))
+
+    @torch.no_grad()
+    def _update_statistics(self, batches):
+        """Of all cells at once: on a GPU, a launch or two rather than two a cell."""
+        running, new, momenta = [], [], []
+        for cell, batch in zip(self.cells, batches):
+            momentum = batch.updated.to(cell.running_mean.dtype)  # 0 for the rows of closed paths, which rest
+            for table, values in ((cell.running_mean, batch.mean), (cell.running_variance, batch.variance)):
+                running.append(table)
+                new.append(values.to(table.dtype))
+                momenta.append(momentum.expand_as(table))
+        torch._foreach_lerp_(running, new, torch._foreach_mul(momenta, _MOMENTUM))
 
     @torch.no_grad()
     def genotype(self) -> Genotype:

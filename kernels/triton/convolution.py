@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..spec import EPSILON
 from . import tuning
 from .launch import dot_options, launch, padded, pieces
+from .statistics import finishes_last, merge_statistics, merge_sums
 
 
 @triton.jit
-def _position(rows, HEIGHT, WIDTH):
+def position(rows, HEIGHT, WIDTH):
     """Image, y and x of rows of a map."""
     x = rows % WIDTH
     rest = rows // WIDTH
@@ -63,13 +65,14 @@ def _activated(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def convolve_fwd_kernel(
-    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, EDGE,
-    STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr, M,
+    H, W, OH, OW, EDGE, EPSILON, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr,
     C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P_IN: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew, first
-    output instance, output offset, edges, statistics row of x. partial: [instance, tile, (sum, squares about its mean), C].
+    output instance, output offset, edges, statistics row of x. With STATISTICS, those of the outputs are taken, over
+    partial[instance, tile] = (sum, squares about its mean).
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
     taps, side = tl.load(jobs_ptr + 3).to(tl.int32), tl.load(jobs_ptr + 4).to(tl.int32)
@@ -80,14 +83,14 @@ def convolve_fwd_kernel(
     if opened == 0:
         return
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
-    weight_ptr += tl.load(jobs_ptr + 1)
-    weight_edge = tl.load(jobs_ptr + 2).to(tl.int32)
+    weight_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
+    weight_edge = tl.multiple_of(tl.load(jobs_ptr + 2).to(tl.int32), 8)
     out_ptr += tl.multiple_of(tl.load(jobs_ptr + 9), 8)
     row = tl.load(jobs_ptr + 11).to(tl.int32)
 
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     inside = rows < M
-    n, oy, ox = _position(rows, OH, OW)
+    n, oy, ox = position(rows, OH, OW)
     base = ((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW
     column = tl.arange(0, EDGES * P)
     e, co = column // P, column % P
@@ -121,29 +124,34 @@ def convolve_fwd_kernel(
         count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
         sums = tl.sum(value, 0)  # rows outside are 0: their inputs were
         away = tl.where(inside[:, None], value - (sums / count)[None, :], 0.0)
-        partial_ptr += ((first + e) * tl.num_programs(0) + tile) * 2 * C + co
-        tl.store(partial_ptr, sums, mask=kept)
-        tl.store(partial_ptr + C, tl.sum(away * away, 0), mask=kept)
+        where = partial_ptr + ((first + e) * tl.num_programs(0) + tile) * 2 * C + co
+        tl.store(where, sums, mask=kept)
+        tl.store(where + C, tl.sum(away * away, 0), mask=kept)
+        if finishes_last(counters_ptr + tl.program_id(1), tl.num_programs(0)):
+            merge_statistics(
+                partial_ptr, mean_ptr, inverse_ptr, variance_ptr, first + e, co, kept, M, tl.num_programs(0), EPSILON, C,
+                BLOCK, 16,
+            )  # fmt: skip
 
 
 @triton.jit
 def convolve_dgrad_kernel(
-    d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, segments_ptr, M, H, W,
-    OH, OW, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr,
+    d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, sums_ptr, mean_ptr, inverse_ptr, opened_ptr, counters_ptr, jobs_ptr,
+    segments_ptr, M, H, W, OH, OW, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr,
     WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments, statistics
-    row of x, instance of dx's partial sums. A segment: d offset, first instance, edges, weight offset, weight's edge
-    distance, taps, side, dilation, pad, skew. dx = (x > 0) * sum over segments; with NORMALIZE, x is normalized and
-    partial[instance, tile] = (sum dx, sum dx * x).
+    row of x, row of dx's sums. A segment: d offset, first instance, edges, weight offset, weight's edge
+    distance, taps, side, dilation, pad, skew. dx = (x > 0) * sum over segments. With NORMALIZE, x is normalized, and
+    sums[row], sums[row + 1] = sum dx, sum dx * x, over partial[job, tile].
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
     start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     inside = rows < M
-    n, y, x = _position(rows, H, W)
+    n, y, x = position(rows, H, W)
     ci = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     WIDE: tl.constexpr = EDGES * P
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
@@ -154,8 +162,8 @@ def convolve_dgrad_kernel(
         any_open += opened
         if opened != 0:
             d = d_ptr + tl.multiple_of(tl.load(segment), 8)
-            weight = weight_ptr + tl.load(segment + 3)
-            weight_edge = tl.load(segment + 4).to(tl.int32)
+            weight = weight_ptr + tl.multiple_of(tl.load(segment + 3), 8)
+            weight_edge = tl.multiple_of(tl.load(segment + 4).to(tl.int32), 8)
             taps, side = tl.load(segment + 5).to(tl.int32), tl.load(segment + 6).to(tl.int32)
             dilation, pad = tl.load(segment + 7).to(tl.int32), tl.load(segment + 8).to(tl.int32)
             skew = tl.load(segment + 9).to(tl.int32)
@@ -179,7 +187,7 @@ def convolve_dgrad_kernel(
     mask = inside[:, None] & (ci < C_IN)[None, :]
     if NORMALIZE:
         if any_open == 0:
-            return  # and so is the instance of dx
+            return  # and nobody asks for dx
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     value = tl.load(x_ptr + (rows.to(tl.int64) * X_ROW)[:, None] + ci[None, :], mask=mask, other=0.0).to(tl.float32)
     if NORMALIZE:
@@ -191,21 +199,26 @@ def convolve_dgrad_kernel(
     dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     tl.store(dx_ptr + (rows.to(tl.int64) * DX_ROW)[:, None] + ci[None, :], out.to(dx_ptr.dtype.element_ty), mask=mask)
     if NORMALIZE:
-        instance = tl.load(jobs_ptr + 5).to(tl.int32)
-        partial_ptr += (instance * tl.num_programs(0) + tile) * 2 * C_IN + ci
-        tl.store(partial_ptr, tl.sum(out, 0), mask=ci < C_IN)
-        tl.store(partial_ptr + C_IN, tl.sum(out * value, 0), mask=ci < C_IN)
+        job, tiles = tl.program_id(1), tl.num_programs(0)
+        partial_ptr += job * tiles * 2 * C_IN
+        where = partial_ptr + tile * 2 * C_IN + ci
+        tl.store(where, tl.sum(out, 0), mask=ci < C_IN)
+        tl.store(where + C_IN, tl.sum(out * value, 0), mask=ci < C_IN)
+        if finishes_last(counters_ptr + job, tiles):
+            sums_ptr += tl.load(jobs_ptr + 5) * C_IN
+            merge_sums(partial_ptr, sums_ptr, ci, ci < C_IN, tiles, 2 * C_IN, 16)
+            merge_sums(partial_ptr + C_IN, sums_ptr + C_IN, ci, ci < C_IN, tiles, 2 * C_IN, 16)
 
 
 @triton.jit
 def convolve_wgrad_kernel(
-    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, EDGE, TOTAL,
+    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, EDGE, DISTANCE,
     STRIDE: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr,
     EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, chunks of taps and input channels). A job: x offset, d offset, first instance, edges,
-    taps, side, dilation, pad, skew, offset in a part's results, statistics row of x. partial: [part, TOTAL], each job's
+    taps, side, dilation, pad, skew, offset in a part's results, statistics row of x. partial: parts DISTANCE apart, in each a job's
     edges, taps, input and output channels from its offset on, 0 for closed edges. A later kernel sums up, part by part.
     """
     part, jobs_ptr, chunk = tl.program_id(0), jobs_ptr + tl.program_id(1) * 11, tl.program_id(2)
@@ -233,7 +246,7 @@ def convolve_wgrad_kernel(
     for tile in range(part, tiles, tl.num_programs(0)):
         rows = tile * BLOCK + tl.arange(0, BLOCK)
         inside = rows < M
-        n, oy, ox = _position(rows, OH, OW)
+        n, oy, ox = position(rows, OH, OW)
         base = ((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
         loaded = inside[:, None] & fits[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
@@ -248,7 +261,7 @@ def convolve_wgrad_kernel(
         d = tl.load(d_ptr + where, mask=inside[:, None] & kept[None, :], other=0.0).to(DTYPE)
         total = tl.dot(tl.trans(values), d, total, input_precision=PRECISION)
     where = (e * taps * (C_IN * C) + co)[None, :] + ((tap * C_IN + ci) * C)[:, None]
-    partial_ptr += part.to(tl.int64) * TOTAL + tl.load(jobs_ptr + 9)
+    partial_ptr += part.to(tl.int64) * DISTANCE + tl.load(jobs_ptr + 9)
     tl.store(partial_ptr + where, total, mask=fits[:, None] & ((e < edges) & (co < C))[None, :])
 
 
@@ -258,36 +271,38 @@ def _geometry(size, out_size):
 
 
 def convolve_fwd(
-    x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor, jobs: Tensor,
-    *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, edge: int,
-    weight_row: int, c_in: int, c: int, edges: int, normalize: bool, statistics: bool, block: int, moved: float,
+    x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, statistics: dict[str, Tensor], opened: Tensor,
+    counters: Tensor, jobs: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, edge: int,
+    weight_row: int, c_in: int, c: int, edges: int, normalize: bool, training: bool, block: int, moved: float,
 ):  # fmt: skip
-    """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job."""
+    """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
+    training: statistics (mean_ptr, inverse_ptr, variance_ptr) of the outputs are taken. counters: zeros, one a job."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges = padded(edges)
     tensors = {
-        "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, "mean_ptr": mean,
-        "inverse_ptr": inverse, "opened_ptr": opened, "jobs_ptr": jobs,
+        "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, **statistics, "opened_ptr": opened,
+        "counters_ptr": counters, "jobs_ptr": jobs,
     }  # fmt: skip
     launch(
         convolve_fwd_kernel, (pieces(m, block), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
-        EDGE=edge, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges,
-        NORMALIZE=normalize, STATISTICS=statistics, P_IN=p_in, P=p, BLOCK=block, DTYPE=_TRITON_DTYPE[out.dtype],
+        EDGE=edge, EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges,
+        NORMALIZE=normalize, STATISTICS=training, P_IN=p_in, P=p, BLOCK=block, DTYPE=_TRITON_DTYPE[out.dtype],
         **dot_options(out.dtype), **tuning.convolution(p_in, edges * p),
     )  # fmt: skip
 
 
 def convolve_dgrad(
-    d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, partial: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor,
-    jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int,
+    d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, partial: Tensor, sums: Tensor, mean: Tensor, inverse: Tensor,
+    opened: Tensor, counters: Tensor, jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int,
     dx_row: int, d_row: int, edge: int, weight_row: int, c_in: int, c: int, edges: int, normalize: bool, block: int,
     moved: float,
 ):  # fmt: skip
     p_in, p, m, edges = padded(c_in), padded(c), n * size[0] * size[1], padded(edges)
     options = tuning.data_gradient(p_in, edges * p)
     tensors = {
-        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, "mean_ptr": mean,
-        "inverse_ptr": inverse, "opened_ptr": opened, "jobs_ptr": jobs, "segments_ptr": segments,
+        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, "sums_ptr": sums,
+        "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened, "counters_ptr": counters, "jobs_ptr": jobs,
+        "segments_ptr": segments,
     }  # fmt: skip
     launch(
         convolve_dgrad_kernel, (pieces(m, block), len(jobs), pieces(c_in, options["COLUMNS"])), tensors, moved, M=m,
@@ -297,27 +312,31 @@ def convolve_dgrad(
     )  # fmt: skip
 
 
+def wgrad_parts(m: int, c_in: int, c: int, edges: int, taps: int, jobs: int) -> int:
+    """How many parts a weight gradient is cut into, so that its programs fill the chip."""
+    options = tuning.weight_gradient(padded(c_in), padded(edges) * padded(c))
+    chunks = pieces(taps * padded(c_in), options["BLOCK_K"])
+    return max(1, min(pieces(m, options["BLOCK"]), pieces(tuning.PROGRAMS, jobs * chunks)))
+
+
 def convolve_wgrad(
-    d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor, jobs: Tensor, total: int, *, n: int,
+    d: Tensor, x: Tensor, partial: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor, jobs: Tensor, *, n: int,
     size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, d_row: int, edge: int, c_in: int, c: int,
-    edges: int, taps: int, normalize: bool, moved: float,
-) -> Tensor:  # fmt: skip
-    """Partial gradients (parts, total) float32. taps: the most of any job."""
+    edges: int, taps: int, normalize: bool, parts: int, distance: int, moved: float,
+):  # fmt: skip
+    """Partial gradients, float32, parts of them, distance apart. taps: the most of any job."""
     p_in, p, m, edges = padded(c_in), padded(c), n * out_size[0] * out_size[1], padded(edges)
     options = tuning.weight_gradient(p_in, edges * p)
-    chunks = pieces(taps * p_in, options["BLOCK_K"])
-    parts = max(1, min(pieces(m, options["BLOCK"]), pieces(tuning.PARTS_TARGET, len(jobs) * chunks)))
-    partial = torch.empty(parts, total, dtype=torch.float32, device=x.device)
     tensors = {
         "d_ptr": d, "x_ptr": x, "partial_ptr": partial, "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened,
         "jobs_ptr": jobs,
     }  # fmt: skip
     launch(
-        convolve_wgrad_kernel, (parts, len(jobs), chunks), tensors, moved + partial.nbytes, M=m,
-        **_geometry(size, out_size), EDGE=edge, TOTAL=total, STRIDE=stride, X_ROW=x_row, D_ROW=d_row, C_IN=c_in, C=c,
-        EDGES=edges, NORMALIZE=normalize, P_IN=p_in, P=p, DTYPE=_TRITON_DTYPE[x.dtype], **dot_options(x.dtype), **options,
+        convolve_wgrad_kernel, (parts, len(jobs), pieces(taps * p_in, options["BLOCK_K"])), tensors, moved, M=m,
+        **_geometry(size, out_size), EDGE=edge, DISTANCE=distance, STRIDE=stride, X_ROW=x_row, D_ROW=d_row, C_IN=c_in,
+        C=c, EDGES=edges, NORMALIZE=normalize, P_IN=p_in, P=p, DTYPE=_TRITON_DTYPE[x.dtype], **dot_options(x.dtype),
+        **options,
     )  # fmt: skip
-    return partial
 
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

@@ -8,10 +8,11 @@ import triton
 
 
 class Launches:
-    """What the launchers did: launches and bytes by kernel, for closed paths none."""
+    """What the launchers did: launches and bytes by kernel, for closed paths none. arguments: (kernel, tensors, the rest)
+    of each launch, for who wants to compile what would run."""
 
     def __init__(self):
-        self.launches, self.bytes = Counter(), Counter()
+        self.launches, self.bytes, self.arguments = Counter(), Counter(), []
 
 
 _counting: list[Launches] = []
@@ -34,8 +35,9 @@ def is_counting() -> bool:
 def launch(kernel, grid: tuple[int, ...], tensors: dict, moved: float, **arguments):
     """kernel[grid](**tensors, **arguments), counted as one launch that moves that many bytes."""
     for counter in _counting:
-        counter.launches[kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__] += 1
-        counter.bytes[kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__] += moved
+        counter.launches[kernel.fn.__name__] += 1
+        counter.bytes[kernel.fn.__name__] += moved
+        counter.arguments.append((kernel, tensors, arguments))
     if next(iter(tensors.values())).device.type != "meta":
         kernel[grid](**tensors, **arguments)
 

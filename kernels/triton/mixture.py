@@ -11,19 +11,22 @@ Node gradients are kept slice by slice, as they were before the shuffle.
 import triton
 import triton.language as tl
 
-from .convolution import _position
+from .convolution import position
+from .statistics import finishes_last, merge_sums
 
 
 @triton.jit
 def mix_fwd_kernel(
-    alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr, mean_ptr,
-    inverse_ptr, EDGES, ROWS, LAST, OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr,
+    updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, EDGES, ROWS, LAST, COUNTERS, OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, USES: tl.constexpr,
 ):  # fmt: skip
     """Grid (1 + blocks of the statistics' rows,). Program 0 makes the coefficients; the others say which rows are open:
     those of which any of the gates that ``uses`` lists (-1: none, -2: always) is not 0. identity: by edge and slice, the
-    operation that is one, or -1. Program 0 also writes the row of the statistics that normalizes nothing, the last.
+    operation that is one, or -1. Every row of the statistics, and one behind the last, starts as what normalizes nothing,
+    and so stays where closed. Counters start as 0.
     """
+    c = tl.arange(0, P)
     if tl.program_id(0) == 0:
         r = tl.arange(0, BLOCK)
         mask = r < EDGES
@@ -48,26 +51,33 @@ def mix_fwd_kernel(
                     through += gate
             tl.store(out_ptr + OPERATIONS + s, beta * through, mask=mask)
         tl.store(coefficients_ptr + LAST, 1.0)
-        c = tl.arange(0, P)
-        tl.store(mean_ptr + ROWS * C + c, 0.0, mask=c < C)
-        tl.store(inverse_ptr + ROWS * C + c, 1.0, mask=c < C)
+        for start in range(0, COUNTERS, BLOCK):
+            counter = start + tl.arange(0, BLOCK)
+            tl.store(counters_ptr + counter, 0, mask=counter < COUNTERS)
     else:
         row = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
         mask = row < ROWS
         opened = tl.zeros([BLOCK], tl.int32)
         for u in tl.static_range(USES):
-            gate = tl.load(uses_ptr + row * USES + u, mask=mask, other=-1)
-            value = tl.load(gates_ptr + gate, mask=mask & (gate >= 0), other=0.0)
-            opened = opened | ((gate == -2) | (value != 0)).to(tl.int32)
+            use = tl.load(uses_ptr + row * USES + u, mask=mask, other=-1)
+            value = tl.load(gates_ptr + use, mask=mask & (use >= 0), other=0.0)
+            opened = opened | ((use == -2) | (value != 0)).to(tl.int32)
         tl.store(opened_ptr + row, opened, mask=mask)
+        tl.store(updated_ptr + row, opened.to(tl.float32), mask=mask)
+        where = (row * C)[:, None] + c[None, :]
+        inside = (row <= ROWS)[:, None] & (c < C)[None, :]
+        tl.store(mean_ptr + where, tl.zeros([BLOCK, P], tl.float32), mask=inside)
+        tl.store(inverse_ptr + where, tl.full([BLOCK, P], 1.0, tl.float32), mask=inside)
+        tl.store(variance_ptr + where, tl.zeros([BLOCK, P], tl.float32), mask=inside & mask[:, None])
 
 
 @triton.jit
 def mix_bwd_kernel(
-    sums_ptr, alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, d_alpha_ptr, d_beta_ptr,
+    sums_ptr, alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, summed_ptr, d_alpha_ptr, d_beta_ptr,
     OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Grid (edges,), rows of the coefficients. A coefficient's gradient is the sum over channels of its row of sums."""
+    """Grid (edges,), rows of the coefficients. A coefficient's gradient is the sum over channels of its row of sums;
+    summed: by row and operation, whether there is one."""
     r = tl.program_id(0)
     c = tl.arange(0, P)
     edge = tl.load(order_ptr + r)
@@ -77,7 +87,8 @@ def mix_bwd_kernel(
     for o in range(0, OPERATIONS):
         gate = tl.load(gates_ptr + edge * PATHS + tl.load(path_ptr + o)).to(tl.float32)
         alpha = tl.load(alpha_ptr + edge * OPERATIONS + o).to(tl.float32)
-        d = tl.sum(tl.load(sums_ptr + o * C + c, mask=c < C, other=0.0), 0)
+        summed = tl.load(summed_ptr + r * OPERATIONS + o) != 0
+        d = tl.sum(tl.load(sums_ptr + o * C + c, mask=(c < C) & summed, other=0.0), 0)
         d_alpha = d * beta * gate
         d_beta += d * gate * alpha
         for s in tl.static_range(K):
@@ -133,11 +144,11 @@ def node_fwd_kernel(
 
 @triton.jit
 def node_reduce_kernel(
-    d_ptr, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, partial_ptr, entries_ptr, M, C: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr,
+    d_ptr, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, partial_ptr, sums_ptr, counters_ptr, entries_ptr, M,
+    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, entries). An entry: offset of a node gradient's slice, term offset (-1: 1 in its place),
-    statistics row, coefficient (0: nothing is read and the sum is 0), row of sums. partial[row, part] = sum d * term.
+    statistics row, coefficient (0: nothing is read and the sum is 0), row of sums. sums[row] = sum d * term.
     """
     part, parts, entries_ptr = tl.program_id(0), tl.num_programs(0), entries_ptr + tl.program_id(1) * 5
     d_ptr += tl.multiple_of(tl.load(entries_ptr), 8)
@@ -154,24 +165,10 @@ def node_reduce_kernel(
             if term >= 0:
                 d *= _normalized(work_ptr + tl.multiple_of(term, 8), rows, c, row, mask, mean_ptr, inverse_ptr, C)
             total += tl.where(mask, d, 0.0)
-    where = (tl.load(entries_ptr + 4) * parts + part) * C + c
-    tl.store(partial_ptr + where, tl.sum(total, 0), mask=c < C)
-
-
-@triton.jit
-def fold_kernel(
-    partial_ptr, sums_ptr, rows_ptr, from_ptr, PARTS, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (rows, WIDTH). sums[rows[i] + w] = sum over parts of partial[from[i], part, w], in the order of the parts."""
-    i, w, c = tl.program_id(0), tl.program_id(1), tl.arange(0, P)
-    partial_ptr += (tl.load(from_ptr + i) * PARTS * WIDTH + w) * C
-    total = tl.zeros([P], tl.float32)
-    for start in range(0, PARTS, BLOCK):
-        part = start + tl.arange(0, BLOCK)
-        where = (part * (WIDTH * C))[:, None] + c[None, :]
-        total += tl.sum(tl.load(partial_ptr + where, mask=(part < PARTS)[:, None] & (c < C)[None, :], other=0.0), 0)
-    tl.store(sums_ptr + (tl.load(rows_ptr + i) + w) * C + c, total, mask=c < C)
+    partial_ptr += tl.program_id(1) * parts * C
+    tl.store(partial_ptr + part * C + c, tl.sum(total, 0), mask=c < C)
+    if finishes_last(counters_ptr + tl.program_id(1), parts):
+        merge_sums(partial_ptr, sums_ptr + tl.load(entries_ptr + 4) * C, c, c < C, parts, C, 32)
 
 
 @triton.jit
@@ -212,47 +209,49 @@ def draw_kernel(
 
 @triton.jit
 def state_bwd_kernel(
-    d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, coefficients_ptr, opened_ptr,
-    jobs_ptr, poolings_ptr, through_ptr, M, H, W, OH, OW, SLICE, D_OUT, STRIDE: tl.constexpr, K: tl.constexpr,
+    d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, sums_ptr, coefficients_ptr,
+    opened_ptr, counters_ptr, jobs_ptr, poolings_ptr, through_ptr, M, H, W, OH, OW, SLICE, D_OUT, STRIDE: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a state. Grid (tiles, jobs), a job a slice: dx offset (of the convolutions; -1: none), first
-    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, instance of the partial
-    sums. Of a pooling: offset of its gradient, index offset, mode, instance. Of an edge: d offset, coefficient of what it
+    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, row of sums. Of a pooling: offset of its gradient, index offset, mode, instance. Of an edge: d offset, coefficient of what it
     lets through.
 
     A node's gradient has the cell's output added, from d_out (rows of OUT_ROW, from D_OUT on), and is stored slice by
-    slice as before the shuffle. An input state's is stored as it is, with partial[instance, tile] = (sum, sum * state).
+    slice as before the shuffle. An input state's is stored as it is, with sums[row], sums[row + 1] = sum, sum * state.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 10
     rows, c = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
     inside = rows < M
     mask = inside[:, None] & (c < C)[None, :]
-    n, y, x = _position(rows, H, W)
+    n, y, x = position(rows, H, W)
     where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
     total = tl.zeros([BLOCK, P], tl.float32)
     dx = tl.load(jobs_ptr)
     if dx >= 0:
         total += tl.load(dx_ptr + tl.multiple_of(dx, 8) + where, mask=mask, other=0.0).to(tl.float32)
 
-    over, chosen = where, mask  # where a pixel's share of what passes comes from
+    # where a pixel's share of what passes comes from, and of which channels; all are loaded, since a mask that depends on
+    # data would make loads narrow
+    over, chosen = where, mask
     if STRIDE == 2:
         over = (((n * OH + y // 2) * OW + x // 2).to(tl.int64) * C)[:, None] + c[None, :]
-        index = tl.load(index_ptr + tl.load(jobs_ptr + 3) + over, mask=mask, other=0)
-        chosen = mask & (index == ((y % 2) * 2 + x % 2)[:, None])
+        largest = tl.load(index_ptr + tl.multiple_of(tl.load(jobs_ptr + 3), 8) + over, mask=mask, other=0)
+        chosen = largest == ((y % 2) * 2 + x % 2)[:, None]
     first = tl.load(jobs_ptr + 4).to(tl.int32)
     for i in range(first, first + tl.load(jobs_ptr + 5).to(tl.int32)):
         coefficient = tl.load(coefficients_ptr + tl.load(through_ptr + i * 2 + 1))
         if coefficient != 0:
-            d = d_ptr + tl.multiple_of(tl.load(through_ptr + i * 2), 8)
-            total += coefficient * tl.load(d + over, mask=chosen, other=0.0).to(tl.float32)
+            passed_ptr = d_ptr + tl.multiple_of(tl.load(through_ptr + i * 2), 8)
+            passed = tl.load(passed_ptr + over, mask=mask, other=0.0).to(tl.float32)
+            total += tl.where(chosen, coefficient * passed, 0.0)
 
     first = tl.load(jobs_ptr + 1).to(tl.int32)
     for i in range(first, first + tl.load(jobs_ptr + 2).to(tl.int32)):
         pooling = poolings_ptr + i * 4
         if tl.load(opened_ptr + tl.load(pooling + 3)) != 0:
             pooled = d_pooled_ptr + tl.multiple_of(tl.load(pooling), 8)
-            index = index_ptr + tl.load(pooling + 1)
+            index = index_ptr + tl.multiple_of(tl.load(pooling + 1), 8)
             mode = tl.load(pooling + 2)
             for tap in range(0, 9):
                 oy, ox = y + 1 - tap // 3, x + 1 - tap % 3
@@ -267,9 +266,10 @@ def state_bwd_kernel(
                 top, left = tl.maximum(oy * STRIDE - 1, 0), tl.maximum(ox * STRIDE - 1, 0)
                 size = (tl.minimum(oy * STRIDE + 2, H) - top) * (tl.minimum(ox * STRIDE + 2, W) - left)
                 share = tl.where(mode == 0, 1.0, 1.0 / tl.maximum(size, 1).to(tl.float32))
-                held = tl.load(index + place, mask=taken & (mode == 0), other=255)
-                taken = taken & ((mode != 0) | (held == tap))
-                total += share[:, None] * tl.load(pooled + place, mask=taken, other=0.0).to(tl.float32)
+                d = tl.load(pooled + place, mask=taken, other=0.0).to(tl.float32) * share[:, None]
+                if mode == 0:
+                    d = tl.where(tl.load(index + place, mask=taken, other=255) == tap, d, 0.0)
+                total += d
 
     out = out_ptr + tl.multiple_of(tl.load(jobs_ptr + 7), 8)
     if IS_NODE:
@@ -283,9 +283,15 @@ def state_bwd_kernel(
         tl.store(out + where, stored, mask=mask)
         total = stored.to(tl.float32)
         state = tl.load(state_ptr + tl.multiple_of(tl.load(jobs_ptr + 6), 8) + where, mask=mask, other=0.0)
-        partial_ptr += (tl.load(jobs_ptr + 9) * tl.num_programs(0) + tile) * 2 * C + c
-        tl.store(partial_ptr, tl.sum(total, 0), mask=c < C)
-        tl.store(partial_ptr + C, tl.sum(total * state.to(tl.float32), 0), mask=c < C)
+        job, tiles = tl.program_id(1), tl.num_programs(0)
+        partial_ptr += job * tiles * 2 * C
+        place = partial_ptr + tile * 2 * C + c
+        tl.store(place, tl.sum(total, 0), mask=c < C)
+        tl.store(place + C, tl.sum(total * state.to(tl.float32), 0), mask=c < C)
+        if finishes_last(counters_ptr + job, tiles):
+            sums_ptr += tl.load(jobs_ptr + 9) * C
+            merge_sums(partial_ptr, sums_ptr, c, c < C, tiles, 2 * C, 32)
+            merge_sums(partial_ptr + C, sums_ptr + C, c, c < C, tiles, 2 * C, 32)
 
 
 @triton.jit

@@ -5,18 +5,12 @@ from torch import Tensor
 
 from ..spec import EPSILON
 from . import tuning
-from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad
+from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
 from .launch import launch, padded, pieces
-from .mixture import (
-    draw_kernel,
-    fold_kernel,
-    node_fwd_kernel,
-    node_reduce_kernel,
-    normalize_fwd_kernel,
-    state_bwd_kernel,
-)
+from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
+from .packing import contract_kernel, expand_kernel, gather_kernel
 from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
-from .statistics import contract_kernel, expand_kernel, finalize_kernel, moments_kernel, sum_parts_kernel
+from .statistics import moments_kernel
 
 BLOCK = tuning.STATISTICS_BLOCK
 EDGES = 4  # of one job, as in a cell
@@ -35,6 +29,14 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
         return x, row
     x = x.contiguous(memory_format=torch.channels_last)
     return x, c
+
+
+def _no_statistics(device) -> dict[str, Tensor]:
+    return dict.fromkeys(("mean_ptr", "inverse_ptr", "variance_ptr"), torch.empty(1, device=device))
+
+
+def _counters(device, count: int = 1) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def _new(n: int, c: int, size, like: Tensor) -> Tensor:
@@ -63,8 +65,8 @@ class _Dense(torch.autograd.Function):
         none, opened = torch.empty(1, device=x.device), torch.ones(edges, dtype=torch.int32, device=x.device)
         weight = weight.contiguous()
         convolve_fwd(
-            x, weight, out, none, none, none, opened, _table(jobs, x.device), **shape, x_row=x_row, out_row=edges * c,
-            edge=c, weight_row=c, edges=step, normalize=False, statistics=False, block=BLOCK,
+            x, weight, out, none, _no_statistics(x.device), opened, opened, _table(jobs, x.device), **shape, x_row=x_row,
+            out_row=edges * c, edge=c, weight_row=c, edges=step, normalize=False, training=False, block=BLOCK,
             moved=(x.numel() + out.numel()) * x.element_size(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, opened)
@@ -88,21 +90,25 @@ class _Dense(torch.autograd.Function):
             segments = [[e * c, e, min(step, edges - e), e * each, each, *geometry] for e in firsts]
             jobs = [[e * c_in, e * c_in, e, 1, 0, 0] for e in firsts] if own else [[0, 0, 0, len(segments), 0, 0]]
             convolve_dgrad(
-                d, weight, x, d_x, none, none, none, opened, _table(jobs, x.device), _table(segments, x.device),
+                d, weight, x, d_x, none, none, none, none, opened, opened, _table(jobs, x.device), _table(segments, x.device),
                 **ctx.shape, **common, dx_row=x.shape[1], weight_row=c, block=BLOCK,
                 moved=(d.numel() + 2 * x.numel()) * x.element_size(),
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
             jobs = [[e * c_in if own else 0, e * c, e, min(step, edges - e), *geometry, e * each, 0] for e in firsts]
-            partial = convolve_wgrad(
-                d, x, none, none, opened, _table(jobs, x.device), edges * each, **ctx.shape, **common, taps=taps,
-                moved=(d.numel() + x.numel()) * x.element_size(),
+            n, out_size = x.shape[0], ctx.shape["out_size"]
+            parts = wgrad_parts(n * out_size[0] * out_size[1], c_in, c, step, taps, len(jobs))
+            partial = torch.empty(parts, edges * each, device=x.device)
+            convolve_wgrad(
+                d, x, partial, none, none, opened, _table(jobs, x.device), **ctx.shape, **common, taps=taps, parts=parts,
+                distance=edges * each, moved=(d.numel() + x.numel()) * x.element_size() + partial.nbytes,
             )  # fmt: skip
             d_weight = torch.empty_like(weight)
+            job = [0, edges * each, parts, 0, 1, edges * taps * c_in, c, 0, 0, 0, 0]
             launch(
-                sum_parts_kernel, (pieces(weight.numel(), 256),), {"partial_ptr": partial, "out_ptr": d_weight},
-                partial.nbytes, WIDTH=edges * each, PARTS=len(partial), START=0, SIZE=weight.numel(), BLOCK=256,
-                BLOCK_PARTS=16,
+                gather_kernel, (pieces(weight.numel(), 256), 1),
+                {"partial_ptr": partial, "out_ptr": d_weight, "jobs_ptr": _table([job], x.device)}, partial.nbytes, C=c,
+                BLOCK=256,
             )  # fmt: skip
         return d_x, d_weight, None, None
 
@@ -113,24 +119,26 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, depthwise, pointwise):
         edges, taps, c = depthwise.shape
-        ctx.save_for_backward(depthwise, pointwise)
+        weights = torch.cat([depthwise.reshape(-1), pointwise.reshape(-1)])
+        ctx.save_for_backward(weights)
+        ctx.shape = edges, taps, c
         out = torch.empty(edges, taps, c, c, device=depthwise.device)
-        tensors = {"depthwise_ptr": depthwise, "pointwise_ptr": pointwise, "out_ptr": out}
-        launch(expand_kernel, (edges,), tensors, 0, TAPS=taps, C=c, P=padded(c))
+        jobs = [[e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c] for e in range(edges)]
+        tensors = {"weights_ptr": weights, "out_ptr": out, "jobs_ptr": _table(jobs, out.device)}
+        launch(expand_kernel, (edges,), tensors, 0, C=c, P=padded(c))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d):
-        depthwise, pointwise = ctx.saved_tensors
-        edges, taps, c = depthwise.shape
-        d_depthwise, d_pointwise = torch.empty_like(depthwise), torch.empty_like(pointwise)
-        tensors = {
-            "partial_ptr": d.contiguous(), "depthwise_ptr": depthwise, "pointwise_ptr": pointwise,
-            "d_depthwise_ptr": d_depthwise, "d_pointwise_ptr": d_pointwise,
-        }  # fmt: skip
-        launch(contract_kernel, (edges,), tensors, 0, TAPS=taps, PARTS=1, TOTAL=d.numel(), START=0, C=c, P=padded(c))
-        return d_depthwise, d_pointwise
+        (weights,) = ctx.saved_tensors
+        edges, taps, c = ctx.shape
+        gradient = torch.empty_like(weights)
+        jobs = [[e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c, 0, 1] for e in range(edges)]
+        tensors = {"partial_ptr": d.contiguous(), "weights_ptr": weights, "out_ptr": gradient}
+        launch(contract_kernel, (edges,), tensors | {"jobs_ptr": _table(jobs, d.device)}, 0, C=c, P=padded(c))
+        depthwise, pointwise = gradient.split([edges * taps * c, edges * c * c])
+        return depthwise.view(edges, taps, c), pointwise.view(edges, c, c)
 
 
 def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
@@ -159,12 +167,12 @@ class _Pooling(torch.autograd.Function):
         index = torch.empty(m * c, dtype=torch.uint8, device=x.device)
         none, opened = torch.empty(1, device=x.device), torch.ones(1, dtype=torch.int32, device=x.device)
         tensors = {
-            "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": none, "opened_ptr": opened,
-            "jobs_ptr": _table([[0, 0, 0, mode, -1]], x.device),
+            "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": none, **_no_statistics(x.device),
+            "opened_ptr": opened, "counters_ptr": opened, "jobs_ptr": _table([[0, 0, 0, mode, -1]], x.device),
         }  # fmt: skip
         launch(
             pool_fwd_kernel, (pieces(m, BLOCK), 1), tensors, (x.numel() + out.numel()) * x.element_size(), M=m,
-            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], STRIDE=stride, X_ROW=x_row, OUT_ROW=c, C=c,
+            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row, OUT_ROW=c, C=c,
             STATISTICS=False, P=padded(c), BLOCK=BLOCK,
         )  # fmt: skip
         ctx.save_for_backward(index, opened)
@@ -179,13 +187,13 @@ class _Pooling(torch.autograd.Function):
         d = d.contiguous(memory_format=torch.channels_last)
         d_x, m = _new(n, c, size, d), n * size[0] * size[1]
         zeros = torch.zeros(1, device=d.device)
-        partial = torch.empty(pieces(m, BLOCK) * 2 * c, device=d.device)
+        partial, sums = torch.empty(pieces(m, BLOCK) * 2 * c, device=d.device), torch.empty(2, c, device=d.device)
         tables = [[[-1, 0, 1, 0, 0, 0, 0, 0, 0, 0]], [[0, 0, ctx.mode, 0]], [[0, 0]]]
         jobs, poolings, through = (_table(rows, d.device) for rows in tables)
         tensors = {
             "d_ptr": d, "dx_ptr": d, "d_pooled_ptr": d, "index_ptr": index, "d_out_ptr": d, "state_ptr": d_x,
-            "out_ptr": d_x, "partial_ptr": partial, "coefficients_ptr": zeros, "opened_ptr": opened, "jobs_ptr": jobs,
-            "poolings_ptr": poolings, "through_ptr": through,
+            "out_ptr": d_x, "partial_ptr": partial, "sums_ptr": sums, "coefficients_ptr": zeros, "opened_ptr": opened,
+            "counters_ptr": _counters(d.device), "jobs_ptr": jobs, "poolings_ptr": poolings, "through_ptr": through,
         }  # fmt: skip
         launch(
             state_bwd_kernel, (pieces(m, BLOCK), 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), M=m,
@@ -210,17 +218,11 @@ class _Normalize(torch.autograd.Function):
         ctx.training = mean is None
         if ctx.training:
             partial, variance = torch.empty(pieces(m, BLOCK) * 2 * c, device=device), torch.empty(1, c, device=device)
-            tensors = {"x_ptr": raw, "partial_ptr": partial}
-            launch(moments_kernel, (pieces(m, BLOCK),), tensors, raw.nbytes, M=m, BLOCK=BLOCK, **block)
-            opened, rows = torch.ones(1, dtype=torch.int32, device=device), _table([0], device)
             tensors = {
-                "partial_ptr": partial, "mean_ptr": table, "inverse_ptr": scales, "variance_ptr": variance,
-                "opened_ptr": opened, "rows_ptr": rows,
+                "x_ptr": raw, "partial_ptr": partial, "mean_ptr": table, "inverse_ptr": scales, "variance_ptr": variance,
+                "counter_ptr": _counters(device),
             }  # fmt: skip
-            launch(
-                finalize_kernel, (1,), tensors, partial.nbytes, M=m, TILES=pieces(m, BLOCK), EPSILON=EPSILON, TILE=BLOCK,
-                BLOCK=32, **block,
-            )  # fmt: skip
+            launch(moments_kernel, (pieces(m, BLOCK),), tensors, raw.nbytes, M=m, EPSILON=EPSILON, BLOCK=BLOCK, **block)
             variance = variance[0]
         else:
             table[0], scales[0] = mean, (variance + EPSILON).rsqrt()
@@ -252,12 +254,9 @@ class _Normalize(torch.autograd.Function):
         partial, sums = torch.empty(2 * parts * c, device=device), torch.empty(2, c, device=device)
         tensors = {
             "d_ptr": d, "work_ptr": raw, "mean_ptr": table, "inverse_ptr": scales, "coefficients_ptr": one,
-            "partial_ptr": partial, "entries_ptr": entries,
+            "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": _counters(device, 2), "entries_ptr": entries,
         }  # fmt: skip
         launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **block)
-        rows = _table([0, 1], device)
-        tensors = {"partial_ptr": partial, "sums_ptr": sums, "rows_ptr": rows, "from_ptr": rows}
-        launch(fold_kernel, (2, 1), tensors, partial.nbytes, PARTS=parts, WIDTH=1, **(block | {"BLOCK": 32}))
         d_raw = torch.empty_like(raw)
         tensors = {
             "d_ptr": d, "raw_ptr": raw, "out_ptr": d_raw, "mean_ptr": table, "inverse_ptr": scales,

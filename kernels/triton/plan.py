@@ -1,11 +1,13 @@
 """Where everything of a cell lies, and the tables of jobs that its kernels read: made once for a shape, and kept."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 
 from ..spec import OPERATIONS, CellSpec
+from .convolution import wgrad_parts
 from .pools import AVERAGE, BYPASS, MAXIMUM
 
 ALWAYS, NEVER = -2, -1  # in the table of what opens a row of the statistics
@@ -68,8 +70,121 @@ class Plan:
         self.node_sums = self.edges * self.columns
         self.instance_sums = self.node_sums + self.nodes * self.k
         self.sums = self.instance_sums + 2 * self.instances
+        self.counters = self.edges * self.columns + self.k  # at least the jobs of any launch that takes sums
         self._tables = {}
         self.groups = [(0, 1), *((source,) for source in range(2, spec.nodes + 1))]
+
+    # Weights: packed ones end to end, dense ones of the convolutions, partial gradients -------------------------------
+
+    @cached_property
+    def weight_at(self) -> dict[str, int]:
+        at, end = {}, 0
+        for name, parameter in self.spec.parameters.items():
+            at[name] = end
+            end += math.prod(parameter.shape)
+        return at
+
+    @cached_property
+    def dense_at(self) -> dict[str, int]:
+        """Of each convolution, of a factorized preprocessing ("preprocess0"), and the end."""
+        at, end = {}, 0
+        for v in self.convolutions:
+            at[v.name] = end
+            end += self.edges * v.taps * self.c * self.c
+        at["preprocess0"] = end
+        at["end"] = end + (2 * self.spec.input_channels[0] * self.c * self.k if self.spec.factorized_input else 0)
+        return at
+
+    def preprocess_weight(self, i: int) -> tuple[bool, int]:
+        """(whether it lies with the dense weights, where)."""
+        if i == 0 and self.spec.factorized_input:
+            return True, self.dense_at["preprocess0"]
+        return False, self.weight_at[f"preprocess{i}"]
+
+    def expand_jobs(self):
+        jobs = []
+        for v in self.convolutions:
+            if not v.skew:
+                for row in range(self.edges):
+                    jobs.append([
+                        self.weight_at[v.depthwise] + row * v.taps * self.c,
+                        self.weight_at[v.pointwise] + row * self.c * self.c,
+                        v.taps, self.dense_at[v.name] + row * v.taps * self.c * self.c,
+                    ])  # fmt: skip
+        return jobs
+
+    def halves_jobs(self):
+        jobs = []
+        found = [(v.name, self.c, self.c, self.spec.strided_rows) for v in self.convolutions if v.skew]
+        if self.spec.factorized_input:
+            found.append(("preprocess0", self.spec.input_channels[0], self.c * self.k, 1))
+        for name, rows, width, edges in found:
+            even, odd = self.weight_at[f"{name}_even"], self.weight_at[f"{name}_odd"]
+            jobs.append([even, odd, self.dense_at[name], rows, width // 2, width, edges])
+        return jobs
+
+    @cached_property
+    def weight_gradients(self):
+        """The launches that weight gradients take: [(which, sources, parts, distance of parts, offset in the buffer)], and
+        the buffer's size."""
+        launches, end = [], 0
+
+        def add(which, sources, jobs, edges, taps, distance, m, c_in):
+            nonlocal end
+            parts = wgrad_parts(m, c_in, self.c, edges, taps, jobs)
+            launches.append((which, sources, parts, distance, end))
+            end += -(-parts * distance // 16) * 16  # aligned, for wide loads
+
+        strided = tuple(source for source in (0, 1) if self.strided)
+        plain = tuple(source for source in range(self.nodes + 1) if source not in strided)
+        for stage, groups in ((0, (strided, plain)), (1, (plain,))):
+            for sources in filter(None, groups):
+                jobs = self.second_stage_wgrad_jobs() if stage else self.first_stage_wgrad_jobs(sources)
+                if jobs:
+                    edges, taps = max(job[3] for job in jobs), max(job[4] for job in jobs)
+                    add(stage, sources, len(jobs), edges, taps, self.dense_at["preprocess0"], self.m, self.c)
+        for i, wide in enumerate(self.spec.input_channels):
+            taps = self.preprocess_geometry(i)[0]
+            add(f"preprocess{i}", (), 1, self.k, taps, taps * wide * self.k * self.c, self.m_in, wide)
+        return launches, end
+
+    def contract_jobs(self):
+        jobs = []
+        for which, sources, parts, distance, start in self.weight_gradients[0]:
+            rows = self.rows_of(sources) if which == 0 else range(self.edges)
+            for v in self.convolutions:
+                if v.stage == which and not v.skew:
+                    each = v.taps * self.c * self.c
+                    for row in rows:
+                        jobs.append([
+                            self.weight_at[v.depthwise] + row * v.taps * self.c,
+                            self.weight_at[v.pointwise] + row * self.c * self.c,
+                            v.taps, start + self.dense_at[v.name] + row * each, distance, parts,
+                        ])  # fmt: skip
+        return jobs
+
+    def gather_jobs(self):
+        jobs, c, wide = [], self.c, self.c * self.k
+        for which, sources, parts, distance, start in self.weight_gradients[0]:
+            if which == 0 and self.strided and sources == (0, 1):
+                for v in self.convolutions:
+                    if v.skew:
+                        at = start + self.dense_at[v.name], distance, parts
+                        for tap, (half, first, columns) in enumerate(
+                            (("even", 0, c // 2), ("odd", c // 2, c - c // 2))
+                        ):
+                            out = self.weight_at[f"{v.name}_{half}"]
+                            jobs.append([*at, out, self.spec.strided_rows, c, columns, tap, first, 2 * c * c, 0])
+            if isinstance(which, str):
+                i = int(which[-1])
+                taps, rows = self.preprocess_geometry(i)[0], self.spec.input_channels[i]
+                halves = ((which, 0, wide),)
+                if taps == 2:
+                    halves = (f"{which}_even", 0, wide // 2), (f"{which}_odd", wide // 2, wide - wide // 2)
+                for tap, (name, first, columns) in enumerate(halves):
+                    at = start, distance, parts
+                    jobs.append([*at, self.weight_at[name], 1, rows, columns, tap, first, 0, taps * rows * c])
+        return jobs
 
     # Places in the workspace ------------------------------------------------------------------------------------------
 
@@ -212,10 +327,18 @@ class Plan:
 
     def preprocess_job(self, i: int) -> list[int]:
         """The slices of the state are its edges: they lie side by side in the weights' columns."""
-        return [0, 0, self.c, *self.preprocess_geometry(i), i * self.k, i * self.k * self.slice_in, self.k, 0]
+        return [
+            0,
+            self.preprocess_weight(i)[1],
+            self.c,
+            *self.preprocess_geometry(i),
+            i * self.k,
+            i * self.k * self.slice_in,
+            self.k,
+            0,
+        ]
 
-    def first_stage_jobs(self, group, dense: dict[str, int]):
-        """dense: offset of each convolution's dense weights."""
+    def first_stage_jobs(self, group):
         jobs = []
         for source in group:
             rows = self.spec.rows_by_source[source]
@@ -224,12 +347,12 @@ class Plan:
                     weight_edge = v.taps * self.c * self.c
                     first = v.first + rows.start
                     jobs.append([
-                        self.state(source, v.path), dense[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
+                        self.state(source, v.path), self.dense_at[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
                         first, self.raw(first), len(rows), 0,
                     ])  # fmt: skip
         return jobs
 
-    def second_stage_jobs(self, group, dense: dict[str, int]):
+    def second_stage_jobs(self, group):
         jobs = []
         for source in group:
             for row in self.spec.rows_by_source[source]:
@@ -237,7 +360,7 @@ class Plan:
                     if v.stage == 1:
                         weight_edge, before = v.taps * self.c * self.c, self.stage_before(v) + row
                         jobs.append([
-                            self.raw(before), dense[v.name] + row * weight_edge, weight_edge, *v.geometry,
+                            self.raw(before), self.dense_at[v.name] + row * weight_edge, weight_edge, *v.geometry,
                             v.first + row, self.raw(v.first + row), 1, before,
                         ])  # fmt: skip
         return jobs
@@ -263,14 +386,6 @@ class Plan:
                         self.state(source, s), self.bypass(source, s), self.index(source, s, True), BYPASS, -1
                     ])  # fmt: skip
         return jobs
-
-    def instances_of(self, group, stage: int) -> list[int]:
-        """Statistics rows that are known after a group's stage."""
-        rows = [row for source in group for row in self.spec.rows_by_source[source]]
-        found = [v.first + r for v in self.convolutions if v.stage == stage for r in rows if self.has_row(v, r)]
-        if stage == 0:
-            found += [self.spec.statistics[name][source] for name, _ in self.poolings for source in group]
-        return found
 
     def node_terms(self, node: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Terms of all slices, and where each slice's begin."""
@@ -302,6 +417,16 @@ class Plan:
         return slices
 
     # Jobs of the backward ---------------------------------------------------------------------------------------------
+
+    def summed(self) -> list[list[int]]:
+        """By edge row and operation, whether its normalized output is a term of a node."""
+        found = [[0] * len(self.spec.operations) for _ in range(self.edges)]
+        for node in range(self.nodes):
+            for terms in self.terms(node):
+                for _, instance, coefficient in terms:
+                    if instance < self.instances:
+                        found[coefficient // self.columns][coefficient % self.columns] = 1
+        return found
 
     def reduce_entries(self, node: int, with_through: bool):
         entries = []
@@ -355,7 +480,7 @@ class Plan:
         rows = [row for source in group for row in self.spec.rows_by_source[source]]
         return [self.stage_before(v) + row for v in self.convolutions if v.stage == 1 for row in rows]
 
-    def second_stage_dgrad_jobs(self, group, dense: dict[str, int]):
+    def second_stage_dgrad_jobs(self, group):
         """(jobs, segments)."""
         jobs, segments = [], []
         for source in group:
@@ -364,14 +489,14 @@ class Plan:
                     if v.stage == 1:
                         before, weight_edge = self.stage_before(v) + row, v.taps * self.c * self.c
                         d = self.raw(before) - self.raw_start
-                        jobs.append([self.raw(before), d, len(segments), 1, before, before])
+                        jobs.append([self.raw(before), d, len(segments), 1, before, self.instance_sums + 2 * before])
                         segments.append([
                             self.raw(v.first + row) - self.raw_start, v.first + row, 1,
-                            dense[v.name] + row * weight_edge, weight_edge, *v.geometry,
+                            self.dense_at[v.name] + row * weight_edge, weight_edge, *v.geometry,
                         ])  # fmt: skip
         return jobs, segments
 
-    def first_stage_dgrad_jobs(self, group, dense: dict[str, int]):
+    def first_stage_dgrad_jobs(self, group):
         """A job a slice that any convolution reads: (jobs, segments). Gradients lie source by source, slice by slice."""
         jobs, segments = [], []
         for source in group:
@@ -383,7 +508,7 @@ class Plan:
                         weight_edge, first = v.taps * self.c * self.c, v.first + rows.start
                         segments.append([
                             self.raw(first) - self.raw_start, first, len(rows),
-                            dense[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
+                            self.dense_at[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
                         ])  # fmt: skip
                 if len(segments) > start:
                     jobs.append([
@@ -415,7 +540,7 @@ class Plan:
                 jobs.append([
                     self.state_gradient(group, source, s) if convolved else -1, first, len(poolings) - first,
                     self.index(source, s, True) if source < 2 else 0, start, len(through) - start,
-                    self.state(source, s), out, s, source * self.k + s,
+                    self.state(source, s), out, s, self.instance_sums + 2 * (source * self.k + s),
                 ])  # fmt: skip
         return jobs, poolings, through
 
@@ -428,8 +553,7 @@ class Plan:
             parts.append([d, self.one, sums, sums + 1])
         return jobs, parts
 
-    def first_stage_wgrad_jobs(self, sources, partial: dict[str, int]):
-        """partial: offset of each convolution's weight gradient in a part's results."""
+    def first_stage_wgrad_jobs(self, sources):
         jobs = []
         for source in sources:
             rows = self.spec.rows_by_source[source]
@@ -438,11 +562,11 @@ class Plan:
                     first, weight_edge = v.first + rows.start, v.taps * self.c * self.c
                     jobs.append([
                         self.state(source, v.path), self.raw(first) - self.raw_start, first, len(rows), *v.geometry,
-                        partial[v.name] + rows.start * weight_edge, 0,
+                        self.dense_at[v.name] + rows.start * weight_edge, 0,
                     ])  # fmt: skip
         return jobs
 
-    def second_stage_wgrad_jobs(self, partial: dict[str, int]):
+    def second_stage_wgrad_jobs(self):
         jobs = []
         for row in range(self.edges):
             for v in self.convolutions:
@@ -450,7 +574,7 @@ class Plan:
                     before, weight_edge = self.stage_before(v) + row, v.taps * self.c * self.c
                     jobs.append([
                         self.raw(before), self.raw(v.first + row) - self.raw_start, v.first + row, 1, *v.geometry,
-                        partial[v.name] + row * weight_edge, before,
+                        self.dense_at[v.name] + row * weight_edge, before,
                     ])  # fmt: skip
         return jobs
 

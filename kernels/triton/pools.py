@@ -3,19 +3,20 @@
 import triton
 import triton.language as tl
 
-from .convolution import _position
+from .convolution import position
+from .statistics import finishes_last, merge_statistics
 
 MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
 
 
 @triton.jit
 def pool_fwd_kernel(
-    x_ptr, out_ptr, index_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, STRIDE: tl.constexpr,
-    X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, out_ptr, index_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr, M,
+    H, W, OH, OW, EPSILON, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr,
+    STATISTICS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, out offset, index offset, mode, instance (-1: always open, no statistics).
-    index: which tap held the maximum, the first of equals, uint8. partial as the convolution's.
+    index: which tap held the maximum, the first of equals, uint8. Statistics as the convolution's.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 5
     mode, instance = tl.load(jobs_ptr + 3), tl.load(jobs_ptr + 4).to(tl.int32)
@@ -25,7 +26,7 @@ def pool_fwd_kernel(
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     rows, c = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
     inside = rows < M
-    n, oy, ox = _position(rows, OH, OW)
+    n, oy, ox = position(rows, OH, OW)
     size = tl.where(mode == 2, 2, 3)
     pad = tl.where(mode == 2, 0, 1)
     largest = tl.full([BLOCK, P], float("-inf"), tl.float32)
@@ -58,6 +59,11 @@ def pool_fwd_kernel(
             count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
             sums = tl.sum(value, 0)
             away = tl.where(mask, value - (sums / count)[None, :], 0.0)
-            partial_ptr += (instance * tl.num_programs(0) + tile) * 2 * C + c
-            tl.store(partial_ptr, sums, mask=c < C)
-            tl.store(partial_ptr + C, tl.sum(away * away, 0), mask=c < C)
+            place = partial_ptr + (instance * tl.num_programs(0) + tile) * 2 * C + c
+            tl.store(place, sums, mask=c < C)
+            tl.store(place + C, tl.sum(away * away, 0), mask=c < C)
+            if finishes_last(counters_ptr + tl.program_id(1), tl.num_programs(0)):
+                merge_statistics(
+                    partial_ptr, mean_ptr, inverse_ptr, variance_ptr, instance + c * 0, c, c < C, M, tl.num_programs(0),
+                    EPSILON, C, BLOCK, 32,
+                )  # fmt: skip

@@ -5,7 +5,7 @@ a program of the data gradient.
 """
 
 STATISTICS_BLOCK = 128  # all kernels that leave partial sums of a cell cut its maps alike
-PARTS_TARGET = 1024  # programs that a reduction over all rows is cut into, to fill the chip
+PROGRAMS = 1024  # that a sum over all rows is cut into, to fill the chip
 
 
 def convolution(wide_in: int, wide_out: int) -> dict:

@@ -1,0 +1,232 @@
+"""Compiles every Triton kernel in every configuration that a search launches, for GPUs that are not there.
+
+    python -m benchmarks.aot [--arch 80 90] [--dtypes float32 bfloat16 tf32] [--json]
+
+The configurations are those that the launchers ask for on the meta device, in a weight and an architecture step of the
+CIFAR-10 and ImageNet searches with K = 2 and 4. Told are registers, spills, shared memory, the widest load and the tensor
+core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads its data
+in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
+# kernels whose loads are single numbers or strided by their nature, and are a small part of all bytes
+NARROW = {"mix_fwd_kernel", "mix_bwd_kernel", "expand_kernel", "contract_kernel", "halves_kernel", "gather_kernel"}
+
+
+@dataclass(frozen=True)
+class Options:
+    arch: tuple[int, ...] = (80, 90)
+    """Compute capabilities times ten."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "tf32")
+    """tf32: float32 with torch.set_float32_matmul_precision("high")."""
+    searches: tuple[str, ...] = ("cifar", "imagenet")
+    partial: tuple[int, ...] = (2, 4)
+    """K."""
+    kernels: tuple[str, ...] = ()
+    """Only kernels whose name contains one of these."""
+    jobs: int = 2
+    """Processes."""
+    json: bool = False
+    out: str | None = None
+
+
+def configurations(options: Options) -> dict[tuple, dict]:
+    """(kernel, constants and specialization) -> what a process needs to compile it, over all steps."""
+    import torch
+    import torch.nn.functional as F
+    from fpdarts.kernels.triton.launch import counting
+
+    from fpdarts import SuperNet
+    from fpdarts.architect import frozen
+
+    found = {}
+    for dtype in options.dtypes:
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        storage = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        for search in options.searches:
+            for k in options.partial:
+                n, side = (256, 32) if search == "cifar" else (128, 224)
+                with torch.device("meta"):
+                    model = SuperNet(10, 16, 8, partial=k, stem=search, kernels="triton").to(storage)
+                    images, labels = torch.empty(n, 3, side, side, dtype=storage), torch.empty(n, dtype=torch.long)
+                for fixed, trained in (
+                    (model.architecture_parameters(), model.weight_parameters()),
+                    (model.weight_parameters(), model.architecture_parameters()),
+                ):
+                    with frozen(fixed), counting() as launched:
+                        loss = F.cross_entropy(model(images, torch.ones(model.gate_shape)), labels)
+                        torch.autograd.grad(loss, trained, materialize_grads=True)
+                    for kernel, tensors, arguments in launched.arguments:
+                        key, job = _specialized(kernel, tensors, arguments)
+                        found.setdefault(key, job | {"dtype": dtype})
+    torch.set_float32_matmul_precision("highest")
+    return found
+
+
+def _specialized(kernel, tensors, arguments):
+    """As the just-in-time compiler would: ints that are 1 become constants, those divisible by 16 are marked."""
+    import torch
+    import triton.language as tl
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+    signature, constants, aligned = {}, {}, []
+    for position, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in tensors:
+            signature[name] = "*" + names[tensors[name].dtype]
+            if tensors[name].storage_offset() * tensors[name].element_size() % 16 == 0:
+                aligned.append(position)
+        elif parameter.is_constexpr or arguments[name] == 1:
+            value = arguments[name]
+            signature[name] = "constexpr"
+            constants[name] = value.name if isinstance(value, tl.dtype) else value
+        elif isinstance(arguments[name], float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i64" if abs(arguments[name]) >= 2**31 else "i32"
+            if arguments[name] % 16 == 0:
+                aligned.append(position)
+    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    job = {
+        "kernel": kernel.fn.__name__, "module": kernel.fn.__module__, "signature": signature, "constants": constants,
+        "aligned": aligned, "options": options,
+    }  # fmt: skip
+    return json.dumps(job, sort_keys=True), job
+
+
+def compiled(job: dict, arch: int) -> dict:
+    """Resources and instructions of one kernel; with "error" in place of them where it does not compile."""
+    from importlib import import_module
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import fpdarts  # noqa: F401  finds fpdarts.kernels in a checkout
+
+    kernel = getattr(import_module(job["module"]), job["kernel"])
+    constants = {
+        name: getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[value]) if value in ("fp32", "bf16") else value
+        for name, value in job["constants"].items()
+    }
+    attributes = {(position,): [["tt.divisibility", 16]] for position in job["aligned"]}
+    source = ASTSource(kernel, job["signature"], constants, attributes)
+    row = {"kernel": job["kernel"], "arch": arch, "dtype": job["dtype"], "configuration": _told(job)}
+    try:
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job["options"])
+    except Exception as error:  # the compiler raises many kinds, and one failure is not to hide the others
+        return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0], "passed": False}
+    row |= _resources(binary.asm["cubin"]) | {"shared": binary.metadata.shared}
+    problems = []
+    if row["spills"]:
+        problems.append("spills")
+    if row["shared"] > SHARED_LIMIT[arch]:
+        problems.append("too much shared memory")
+    if job["kernel"] not in NARROW:
+        if row["widest_load"] < 64:
+            problems.append("narrow loads")
+        elif job["dtype"] == "bfloat16" and row["loads"].get("16", 0):
+            problems.append("16-bit loads")
+    return row | {"problems": problems, "passed": not problems}
+
+
+def _told(job: dict) -> str:
+    shown = ("C", "C_IN", "STRIDE", "EDGES", "NORMALIZE", "STATISTICS", "K", "IS_NODE", "BLOCK", "BLOCK_K", "PRECISION")
+    words = [f"{name}={job['constants'][name]}" for name in shown if name in job["constants"]]
+    return " ".join(words + [f"{key}={value}" for key, value in job["options"].items()])
+
+
+def _resources(cubin: bytes) -> dict:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(*command):
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", run(str(tools / "cuobjdump"), "--dump-resource-usage"))
+        assembly = run(str(tools / "cuobjdump"), "--dump-sass")
+    operations = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", assembly, re.M))
+
+    def named(*prefixes):
+        return sum(count for name, count in operations.items() if name.split(".")[0] in prefixes)
+
+    loads = Counter()
+    for name, count in operations.items():
+        parts = name.split(".")
+        if parts[0] in ("LDG", "LDGSTS"):
+            width = next((w for w in ("128", "64") if w in parts), "16" if {"U16", "S16"} & set(parts) else "32")
+            loads["8" if {"U8", "S8"} & set(parts) else width] += count
+    return {
+        "registers": int(usage[1]), "stack": int(usage[2]), "spills": named("LDL", "STL"), "loads": dict(loads),
+        "widest_load": max((int(width) for width in loads), default=0), "tensor_core": named("HMMA", "HGMMA"),
+        "fma": named("FFMA"), "instructions": sum(operations.values()), "barriers": named("BAR"),
+    }  # fmt: skip
+
+
+def main(options: Options) -> dict:
+    jobs = [
+        job for job in configurations(options).values()
+        if not options.kernels or any(part in job["kernel"] for part in options.kernels)
+    ]  # fmt: skip
+    rows = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        pending = [pool.submit(compiled, job, arch) for arch in options.arch for job in jobs]
+        for i, future in enumerate(pending):
+            rows.append(future.result())
+            print(f"\r{i + 1} of {len(pending)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    import triton
+
+    result = {"triton": triton.__version__, "rows": rows, "passed": all(row["passed"] for row in rows)}
+    if options.out:
+        from benchmarks import report
+
+        report.write(options.out, result)
+    return result
+
+
+def show(result: dict) -> str:
+    """The worst of each kernel, architecture and dtype, and every one that failed."""
+    lines = [
+        f"{'kernel':24s} {'arch':>4s} {'dtype':>8s} {'':>5s} {'regs':>5s} {'spills':>6s} {'shared':>7s} {'load':>5s} {'mma':>5s}"
+    ]
+    groups = {}
+    for row in result["rows"]:
+        groups.setdefault((row["kernel"], row["arch"], row["dtype"]), []).append(row)
+    for (kernel, arch, dtype), rows in sorted(groups.items()):
+        good = [row for row in rows if "error" not in row]
+        if good:
+            lines.append(
+                f"{kernel:24s} {arch:4d} {dtype:>8s} {len(rows):5d} {max(r['registers'] for r in good):5d} "
+                f"{max(r['spills'] for r in good):6d} {max(r['shared'] for r in good):7d} "
+                f"{min(r['widest_load'] for r in good):5d} {min(r['tensor_core'] for r in good):5d}"
+            )
+    for row in result["rows"]:
+        if not row["passed"]:
+            why = row.get("error") or ", ".join(row["problems"])
+            lines.append(f"FAILED {row['kernel']} sm_{row['arch']} {row['dtype']} {row['configuration']}: {why}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    options = tyro.cli(Options, description=__doc__)
+    result = main(options)
+    print(json.dumps(result) if options.json else show(result))
+    sys.exit(0 if result["passed"] else 1)

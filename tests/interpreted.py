@@ -1,0 +1,225 @@
+"""The Triton kernels against the float64 reference, in Triton's interpreter: run by test_triton.py, in a process of its own
+with TRITON_INTERPRET=1, since that is read once, when triton is imported.
+"""
+
+import pytest
+import torch
+from fpdarts.kernels.spec import OPERATIONS, CellSpec
+
+from fpdarts import GateSampler, SuperNet, kernels
+from fpdarts.space import DEFAULT_SUBSETS
+
+TOLERANCE = 1e-5  # relative; float32 sums of some hundred terms leave a few 1e-7
+
+
+def compare(function, inputs: dict, extra=()):
+    """function(back end, tensors): a tensor, or (tensor, more to compare). Outputs and the gradients of all inputs."""
+
+    def run(name, dtype):
+        leaves = {key: value.to(dtype).clone().requires_grad_() for key, value in inputs.items()}
+        out, *more = function(name, leaves)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        gradients = [torch.autograd.grad(out, leaves.values(), direction, retain_graph=True) for _ in range(2)]
+        for first, second in zip(*gradients):
+            torch.testing.assert_close(second, first, rtol=0, atol=0, msg="a second backward differs")
+        named = {"out": out.detach(), **{f"d_{key}": d for key, d in zip(leaves, gradients[0])}}
+        return named | {f"more {i}": value for i, value in enumerate(more)}
+
+    expected, actual = run("reference", torch.float64), run("triton", torch.float32)
+    for name, value in expected.items():
+        error = (actual[name].double() - value).norm() / value.norm().clamp_min(1e-6)
+        assert error <= TOLERANCE, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(7, 7), (5, 9), (8, 8)], ids=str)
+@pytest.mark.parametrize("name", [n for n, o in OPERATIONS.items() if o.kind == "convolution"])
+@pytest.mark.parametrize("c", [3, 8])
+def test_stage(c, name, size, stride):
+    k, dilation = OPERATIONS[name].kernel_size, OPERATIONS[name].dilation
+    inputs = {
+        "state": torch.randn(2, 2 * c, *size), "depthwise": torch.randn(5, k, k, c), "pointwise": torch.randn(5, c, c)
+    }  # fmt: skip
+
+    def stage(kernel, t):
+        # a channel slice, as a path reads it; and, with it, a slice an edge
+        x = t["state"].contiguous(memory_format=torch.channels_last)[:, c:]
+        out = kernels.stage(x, t["depthwise"], t["pointwise"], stride=stride, dilation=dilation, kernels=kernel)
+        own = kernels.stage(out, t["depthwise"], t["pointwise"], dilation=dilation, kernels=kernel)
+        return (own,)
+
+    compare(stage, inputs)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 6), (7, 7)], ids=str)
+@pytest.mark.parametrize("operation", ["max_pool_3x3", "avg_pool_3x3"])
+def test_pooling(operation, size, stride):
+    inputs = {"state": torch.randn(2, 6, *size)}
+    compare(lambda k, t: (kernels.pooling(t["state"][:, 3:], operation, stride=stride, kernels=k),), inputs)
+
+
+def test_ties_of_maxima_go_to_the_first():
+    x = torch.zeros(1, 8, 6, 6)
+    compare(lambda k, t: (kernels.pooling(t["x"], "max_pool_3x3", stride=2, kernels=k),), {"x": x})
+
+
+def test_nan_is_not_lost():
+    x = torch.randn(1, 8, 6, 6)
+    x[0, 2, 3, 3] = float("nan")
+    assert kernels.pooling(x, "max_pool_3x3", kernels="triton").isnan().sum() == 9
+    out = kernels.stage(x, torch.ones(1, 3, 3, 8), torch.ones(1, 8, 8), kernels="triton")
+    assert out.isnan().sum() == 9 * 8
+
+
+@pytest.mark.parametrize("c", [5, 8])
+def test_factorized_reduction(c):
+    half = c // 2
+    inputs = {"x": torch.randn(2, c, 4, 6), "even": torch.randn(3, c, half), "odd": torch.randn(3, c, c - half)}
+    compare(lambda k, t: (kernels.factorized_reduction(*t.values(), kernels=k),), inputs)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["of the batch", "given"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_normalize(weighted, given):
+    inputs = {"raw": torch.randn(3, 6, 5, 4) + 3}
+    if weighted:
+        inputs["weight"] = torch.rand(6)
+    statistics = (torch.randn(6).double(), torch.rand(6).double() + 0.5) if given else None
+    compare(lambda k, t: kernels.normalize(t["raw"], t.get("weight"), statistics, kernels=k), inputs)
+
+
+def test_node():
+    inputs = {f"term{i}": torch.randn(2, 3, 5, 4) for i in range(5)} | {"coefficients": torch.rand(3)}
+
+    def node(k, t):
+        terms, w = [t[f"term{i}"] for i in range(5)], t["coefficients"]
+        slices = [[(terms[0], None), (terms[1], w[0])], [(terms[2], w[1]), (terms[3], w[2]), (terms[4], None)]]
+        return (kernels.node(slices, kernels=k),)
+
+    compare(node, inputs)
+
+
+GATES = {
+    "path 0 only": (1, 0), "path 1 only": (0, 1), "both": (1, 1), "expected": (2 / 3, 2 / 3), "uneven": (0.3, 1.7)
+}  # fmt: skip
+
+
+def cell(channels=8, partial=2, nodes=2, reduction=False, factorized=False, gates="sampled", size=(6, 6), n=2, **options):
+    spec = CellSpec(channels, (12, 20), partial, options.get("subsets", DEFAULT_SUBSETS), nodes, reduction, factorized)
+    edges, paths = len(spec.edges), spec.paths
+    sizes = (tuple(2 * side for side in size) if factorized else size), size
+    inputs = {f"input {i}": torch.randn(n, c, *s) for i, (c, s) in enumerate(zip(spec.input_channels, sizes))}
+    for name, parameter in spec.parameters.items():
+        inputs[name] = torch.empty(parameter.shape).uniform_(-parameter.bound, parameter.bound)
+    inputs |= {"operation_weights": torch.rand(edges, len(spec.operations)), "edge_weights": torch.rand(edges)}
+    opened = GateSampler(1, edges, paths, seed=2).sample()[0]
+    if gates != "sampled":
+        opened = torch.tensor(GATES[gates]).expand(edges, 2).clone()
+    statistics = None
+    if options.get("evaluation"):
+        rows = spec.statistics_rows, spec.slice_channels
+        statistics = torch.randn(rows).double(), torch.rand(rows).double() + 0.5
+
+    def run(k, t):
+        weights = {name: t[name] for name in spec.parameters}
+        pair = t["input 0"], t["input 1"]
+        out, batch = kernels.cell(
+            spec, pair, weights, t["operation_weights"], t["edge_weights"], opened, statistics, kernels=k
+        )
+        return out, *(batch or ())
+
+    compare(run, inputs)
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("gates", [*GATES, "sampled"])
+def test_cell_with_all_gates(gates, reduction):
+    cell(gates=gates, reduction=reduction)
+
+
+ALL = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
+SETTINGS = {
+    "four nodes": dict(nodes=4, gates="both"),
+    "factorized input": dict(factorized=True),
+    "factorized input of a reduction": dict(factorized=True, reduction=True),
+    "K = 4": dict(channels=16, partial=4),
+    "K = 4, reduction": dict(channels=16, partial=4, reduction=True),
+    "C/K = 3": dict(channels=6),
+    "C/K = 5, reduction": dict(channels=10, reduction=True),
+    "C/K = 16": dict(channels=32, nodes=1),
+    "7x7": dict(size=(7, 7)),
+    "5x9, one image": dict(size=(5, 9), n=1),
+    "several tiles": dict(size=(8, 10), n=5, nodes=1),
+    "one path of six operations": dict(subsets=(ALL,), reduction=True),
+    "no convolution in a path": dict(subsets=(("none", "max_pool_3x3"), ("skip_connect", "sep_conv_3x3"))),
+    "evaluation": dict(evaluation=True),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_cell(setting):
+    cell(**SETTINGS[setting])
+
+
+def test_an_architecture_step_computes_no_gradient_of_weights():
+    from fpdarts.kernels.triton.launch import counting
+
+    from fpdarts.architect import frozen
+
+    model = SuperNet(5, 4, 3, nodes=1, kernels="triton")
+    gates = GateSampler(*model.gate_shape).sample()
+    with counting() as launched, frozen(model.weight_parameters()):
+        out = model(torch.randn(2, 3, 8, 8), gates)
+        torch.autograd.grad(out.sum(), model.architecture_parameters())
+    assert launched.launches["convolve_wgrad_kernel"] == launched.launches["contract_kernel"] == 0
+    assert launched.launches["mix_bwd_kernel"] == 3
+
+
+def test_two_runs_give_the_same_bits():
+    torch.manual_seed(0)
+    model = SuperNet(5, 4, 3, nodes=1, kernels="triton")
+    images, gates = torch.randn(5, 3, 16, 16), GateSampler(*model.gate_shape).sample()
+    runs = []
+    for _ in range(2):
+        out = model(images, gates)
+        runs.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for first, second in zip(*runs):
+        assert torch.equal(first, second)
+
+
+def test_learning_is_the_same():
+    """20 joint steps from one seed: losses and alphas."""
+    from fpdarts.config import SearchConfig, resolved
+    from fpdarts.search import build_supernet, optimizers, weight_step
+
+    losses, alphas = {}, {}
+    for name in ("reference", "triton"):
+        config = resolved(
+            SearchConfig(init_channels=4, cells=3, nodes=1, kernels=name, architecture_learning_rate=1e-2, amp="off"),
+            "digits",
+        )
+        torch.manual_seed(0)
+        model = build_supernet(config, 3)
+        sgd, architect = optimizers(config, model, torch.device("cpu"))
+        sampler = GateSampler(*model.gate_shape, seed=0)
+        generator = torch.Generator().manual_seed(0)
+        losses[name] = []
+        for _ in range(20):
+            batches = [
+                (torch.randn(6, 3, 8, 8, generator=generator), torch.randint(3, (6,), generator=generator))
+                for _ in range(2)
+            ]
+            architect.step(batches[0], sampler.sample())
+            losses[name].append(weight_step(model, sgd, batches[1], sampler.sample(), config)[0].item())
+        alphas[name] = torch.cat([p.detach().flatten() for p in model.architecture_parameters()])
+    torch.testing.assert_close(torch.tensor(losses["triton"]), torch.tensor(losses["reference"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alphas["triton"], alphas["reference"], rtol=0, atol=1e-4)
+
+
+def test_what_it_cannot_compute_is_named():
+    x = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    spec = CellSpec(4, (4, 4), 2, DEFAULT_SUBSETS, nodes=1)
+    weights = {name: torch.zeros(p.shape) for name, p in spec.parameters.items()}
+    with pytest.raises(ValueError, match="float32 or bfloat16, not torch.float64; use --kernels reference"):
+        kernels.cell(spec, (x, x), weights, torch.ones(2, 8), torch.ones(2), torch.ones(2, 2), kernels="triton")

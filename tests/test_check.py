@@ -1,0 +1,392 @@
+"""check-kernels and search --verify-every: that the reference passes, and that what is wrong is found and named."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from fpdarts.kernels import reference
+
+from fpdarts import GateSampler, SuperNet, check, kernels
+from fpdarts.check import Case, Shape, Tolerance, check_kernels, relative_errors, verify_step
+from fpdarts.cli import main
+from fpdarts.config import SearchConfig, resolved
+from fpdarts.errors import KernelMismatch, NonFiniteLoss
+from fpdarts.run import load_checkpoint
+from fpdarts.search import search
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(limit=120, init_channels=4, cells=3, batch_size=30, epochs=2)  # two steps an epoch
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Makes a back end of the reference's functions with some replaced, also under the name of one that exists."""
+
+    def make(name, **functions):
+        module = ModuleType(f"fpdarts.kernels.{name}")
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        for key in ("unavailable", "stage", "pooling", "factorized_reduction", "normalize", "node", "cell"):
+            setattr(module, key, functions.get(key, getattr(reference, key)))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        if name not in kernels.BACKENDS:
+            monkeypatch.setattr(kernels, "BACKENDS", (*kernels.BACKENDS, name))
+        kernels._reason_against.cache_clear()
+
+    yield make
+    kernels._reason_against.cache_clear()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Shapes with which a whole check takes a second or two."""
+    monkeypatch.setattr(check, "SHAPES", (Shape(8, 2, 8), Shape(8, 4, 7)))
+    monkeypatch.setattr(check, "STEP_CHANNELS", 4)
+    monkeypatch.setattr(check, "STEP_CELLS", 3)
+    monkeypatch.setattr(check, "STEP_SIZE", 16)
+
+
+def scaled_gradient(name, factor):
+    """A cell whose gradient of one weight is wrong by a factor."""
+
+    def cell(spec, inputs, weights, *others):
+        weight = weights[name]
+        return reference.cell(
+            spec, inputs, {**weights, name: factor * weight + (1 - factor) * weight.detach()}, *others
+        )
+
+    return cell
+
+
+def cell_times(factor):
+    def cell(*arguments):
+        out, statistics = reference.cell(*arguments)
+        return out * factor, statistics
+
+    return cell
+
+
+def failed(report):
+    return {row["operation"]: row for row in report["rows"] if not row["passed"]}
+
+
+def quiet(line):
+    pass
+
+
+# --- errors
+
+
+def test_errors_are_relative():
+    one = {"out": torch.ones(4), "d_x": torch.ones(4)}
+    assert relative_errors(one, one) == {"out": 0, "d_x": 0}
+    assert relative_errors({"out": torch.full((4,), 1.5), "d_x": torch.zeros(4)}, one) == {"out": 0.5, "d_x": 1}
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0, math.nan]), torch.ones(2, 2), torch.ones(1), None], ids=str)
+def test_what_is_no_number_or_missing_or_in_another_shape_is_infinitely_wrong(wrong):
+    assert relative_errors({"out": wrong}, {"out": torch.ones(2)}) == {"out": math.inf}
+
+
+def test_a_gradient_that_vanishes_is_judged_by_the_largest():
+    expected = {"d_large": torch.tensor(1000.0), "d_nothing": torch.tensor(0.0), "out": torch.tensor(1e-3)}
+    errors = relative_errors({**expected, "d_nothing": torch.tensor(1e-3), "out": torch.tensor(2e-3)}, expected)
+    assert errors == pytest.approx({"d_large": 0, "d_nothing": 1e-3, "out": 1}, rel=1e-5)
+
+
+# --- check_kernels
+
+
+def test_the_reference_passes_and_every_operation_is_there(small):
+    lines = []
+    report = check_kernels("reference", "cpu", say=lines.append)
+    assert report["passed"] and (report["kernels"], report["device"], report["amp"]) == ("reference", "cpu", "off")
+    found = [row["operation"] for row in report["rows"]]
+    for name in ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"):
+        assert {f"stage {name}, stride 1", f"stage {name}, stride 2"} <= set(found)
+    for name in ("max_pool_3x3", "avg_pool_3x3"):
+        assert {f"pooling {name}, stride 1", f"pooling {name}, stride 2"} <= set(found)
+    assert {"factorized_reduction", "normalize", "node", "step of weights", "step of architecture"} <= set(found)
+    assert {"cell, normal", "cell, reduction", "cell, factorized input"} <= set(found)
+    assert {f"cell, gates {gates}" for gates in check.GATES} <= set(found)
+    for row in report["rows"]:
+        assert 0 <= row["output_error"] <= row["output_tolerance"]
+        asked = row["operation"] not in ("normalize, statistics given", "cell, evaluation")
+        assert (row["gradient_error"] is not None) == asked
+    assert "kernels reference on cpu" in lines[0] and [line.split("  ")[0] for line in lines[2:]] == found
+
+
+def test_the_settings_are_those_of_a_search_on_cifar():
+    settings = {case.setting for cases in check.operations().values() for case in cases}
+    for c, size in ((8, 32), (16, 16), (32, 8)):
+        assert {f"C/K={c}, K=2, {size}x{size}", f"reduction, C/K={c}, K=2, {size}x{size}"} <= settings
+    assert {"C/K=4, K=4, 7x7", "normal, C/K=4, K=4, 7x7", "reduction, C/K=4, K=4, 8x8"} <= settings
+
+
+def test_a_wrong_output_is_found_in_its_operations_alone(plant, small):
+    plant("wrong", stage=lambda *args, **options: reference.stage(*args, **options) * 1.001)
+    found = failed(check_kernels("wrong", "cpu", say=quiet))
+    assert set(found) == {operation for operation in check.operations() if operation.startswith("stage")}
+    row = found["stage dil_conv_5x5, stride 2"]
+    assert row["worst"].startswith("out, C/K=") and row["output_error"] == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("factor", [1.01, 0], ids=["scaled", "missing"])
+def test_a_wrong_gradient_is_found_whatever_the_seed(plant, small, factor):
+    cell = scaled_gradient("sep_conv_5x5_pointwise_0", factor)
+    if factor == 0:
+
+        def cell(spec, inputs, weights, *others):
+            weights = {name: w.detach() if name == "sep_conv_5x5_pointwise_0" else w for name, w in weights.items()}
+            return reference.cell(spec, inputs, weights, *others)
+
+    plant("wrong", cell=cell)
+    found = failed(check_kernels("wrong", "cpu", say=quiet))
+    assert {"cell, normal", "cell, reduction", "cell, factorized input", "cell, gradients of weights"} <= set(found)
+    assert not {"cell, gradients of architecture", "cell, evaluation"} & set(found)
+    assert ("cell, gates path 0 only" in found) == (factor == 0)  # of a closed path it is zero, not missing
+    assert found["cell, normal"]["worst"].startswith("d_sep_conv_5x5_pointwise_0, normal, ")
+    assert found["cell, normal"]["gradient_error"] == pytest.approx(0.01 if factor else math.inf, rel=1e-2)
+
+
+def test_a_wrong_step_is_found(plant, small):
+    plant("wrong", cell=cell_times(1.01))
+    assert {"step of weights", "step of architecture"} <= set(failed(check_kernels("wrong", "cpu", say=quiet)))
+
+
+def test_one_nan_is_found(plant, small):
+    def node(slices):
+        out = reference.node(slices)
+        return out.index_fill(3, torch.tensor(out.shape[3] - 1), math.nan)
+
+    plant("wrong", node=node)
+    found = failed(check_kernels("wrong", "cpu", say=quiet))
+    assert set(found) == {"node"} and found["node"]["output_error"] == math.inf
+
+
+def test_what_a_back_end_raises_is_told_and_the_rest_is_checked(plant, small):
+    def pooling(x, operation, *, stride=1):
+        raise RuntimeError("out of shared memory\nmore of it")
+
+    plant("wrong", pooling=pooling)
+    report = check_kernels("wrong", "cpu", say=quiet)
+    assert [operation.split()[0] for operation in failed(report)] == ["pooling"] * 4
+    assert failed(report)["pooling avg_pool_3x3, stride 1"]["worst"].startswith(
+        "RuntimeError (out of shared memory), C/"
+    )
+    assert report["rows"][-1]["operation"] == "step of architecture"
+
+
+@pytest.mark.parametrize(
+    "errors, passed",
+    [([0, 9, 9, 9, 9, 9, 9], True), ([9, 0, 0, 9, 9, 0, 0], True), ([9, 0, 0, 9, 9, 9, 0], False),
+     ([9, 0, 0, math.nan, 0, 0, 0], False)],
+    ids=["not repeated", "ties", "an error", "not a number"],
+)  # fmt: skip
+def test_a_tie_is_told_from_an_error_by_other_seeds(errors, passed):
+    def compute(side, seed):
+        error = 0 if side.dtype == torch.float64 else errors[seed]
+        return {"out": torch.ones(1), "d_x": torch.tensor(1.0 + error)}
+
+    side = check.Side("reference", torch.device("cpu"), torch.float32, "off")
+    output, gradient = check._worst(Case("", compute), side, Tolerance(0.1, 0.1))
+    assert output == (0, "out") and (gradient[0] <= 0.1) == passed
+
+
+def test_bf16_hands_on_states_in_bf16_and_is_allowed_more(plant, small):
+    seen = []
+
+    def node(slices):
+        seen.append((slices[0][0][0].dtype, slices[0][1][1].dtype))
+        return reference.node(slices)
+
+    plant("watched", node=node)
+    report = check_kernels("watched", "cpu", "bf16", say=quiet)
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    rows = {row["operation"]: row for row in report["rows"]}
+    # not all of them: this library's gradients of dilated depthwise convolutions are wrong in bf16
+    assert rows["node"]["passed"] and rows["cell, gates path 0 only"]["gradient_tolerance"] == 0.25
+    assert rows["node"]["output_error"] > 1e-5
+
+
+def test_the_check_needs_no_command_line():
+    code = "import sys; sys.modules['tyro'] = None; import fpdarts.check"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def run(capsys, *arguments):
+    """(exit status, standard output, standard error) of the command in this process."""
+    try:
+        main([str(a) for a in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_command(small, capsys):
+    status, out, err = run(capsys, "check-kernels", "--kernels", "reference", "--device", "cpu")
+    assert status == 0 and "step of weights" in out and "WRONG" not in out and not err
+    status, out, err = run(capsys, "check-kernels", "--kernels", "reference", "--device", "cpu", "--json")
+    report = json.loads(out)
+    assert status == 0 and report["passed"] and "step of weights" in err
+    assert report["rows"][0].keys() == {
+        "operation",
+        "output_error",
+        "gradient_error",
+        "output_tolerance",
+        "gradient_tolerance",
+        "worst",
+        "passed",
+    }
+
+
+def test_command_fails_where_an_operation_is_wrong(plant, small, capsys):
+    plant("native", node=lambda slices: reference.node(slices) * math.nan)
+    arguments = "check-kernels --kernels native --device cpu".split()
+    status, out, err = run(capsys, *arguments)
+    assert status == 1 and out.count("WRONG: out, C/K=") == 1
+    assert err.startswith("error: kernels native are out of tolerance in 1 of ") and err.count("\n") == 1
+    status, out, err = run(capsys, *arguments, "--json")
+    row = next(row for row in json.loads(out)["rows"] if not row["passed"])
+    assert status == 1 and row["operation"] == "node" and row["output_error"] is None
+
+
+# --- verify_step
+
+
+def step_arguments(name, **options):
+    torch.manual_seed(0)
+    model = SuperNet(10, 4, 3, kernels=name, **options)
+    return model, torch.randn(4, 3, 16, 16), GateSampler(*model.gate_shape, seed=0).sample()
+
+
+def test_a_right_step_passes_and_leaves_no_trace():
+    model, images, gates = step_arguments("reference")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    verify_step(model, images, gates, "off", 0)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(cell._forward_pre_hooks for cell in model.cells)
+
+
+@pytest.mark.parametrize(
+    "cell, message",
+    [
+        (cell_times(1.01), r"step 40: cells.0 out is off by 1.0e-02, relative; allowed 0.001"),
+        (cell_times(math.nan), r"step 40: cells.0 out is off by inf"),
+        (scaled_gradient("sep_conv_3x3_pointwise_1", 1.1), r"cells.0 d_sep_conv_3x3_pointwise_1 is off by 1.0e-01"),
+        (scaled_gradient("preprocess0_even", 1.1), r"cells.2 d_preprocess0_even is off by 1.0e-01, .* allowed 0.01"),
+    ],
+    ids=["out", "nan", "gradient", "third cell"],
+)
+def test_a_wrong_step_is_named_by_cell_and_tensor(plant, cell, message):
+    def where_it_is_read(spec, inputs, weights, *others):
+        wrong = "even" not in message or "preprocess0_even" in weights
+        return (cell if wrong else reference.cell)(spec, inputs, weights, *others)
+
+    plant("wrong", cell=where_it_is_read)
+    with pytest.raises(KernelMismatch, match=message + r".*\(kernels wrong against reference\)"):
+        verify_step(*step_arguments("wrong"), "off", 40)
+
+
+def test_a_gradient_that_is_off_on_one_input_only_is_a_tie(plant, monkeypatch):
+    calls = []
+
+    def errors(*arguments):
+        calls.append(arguments)
+        return {"out": 0.0, "d_input_1": 0.5 if len(calls) == 1 else 1e-6}
+
+    monkeypatch.setattr(check, "_cell_errors", errors)
+    verify_step(*step_arguments("reference"), "off", 0)
+    assert len(calls) == 4  # three cells, the first of them twice
+    assert not torch.equal(calls[0][1]["input_1"], calls[1][1]["input_1"])
+
+
+def test_backward_passes_are_verified_outside_of_autocast_as_they_are_taken(plant):
+    seen = []
+
+    def cell(spec, inputs, *others):
+        out, statistics = reference.cell(spec, inputs, *others)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: seen.append((torch.is_autocast_enabled("cpu"), gradient.dtype)))
+        return out, statistics
+
+    plant("watched", cell=cell)
+    without_dilated = ["sep_conv_3x3,max_pool_3x3", "skip_connect"]  # whose gradients this library gets wrong in bf16
+    model, images, gates = step_arguments("watched", subsets=[path.split(",") for path in without_dilated])
+    verify_step(model, images, gates, "bf16", 0)
+    assert set(seen) == {(False, torch.bfloat16)}
+
+
+# --- search --verify-every
+
+
+def test_a_verified_search_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
+    steps = []
+
+    def counted(model, images, gates, amp, step):
+        steps.append(step)
+        verify_step(model, images, gates, amp, step)
+
+    monkeypatch.setattr("fpdarts.search.verify_step", counted)
+    search(SearchConfig(out=str(tmp_path / "plain"), **TINY))
+    assert not steps
+    search(SearchConfig(out=str(tmp_path / "verified"), verify_every=2, **TINY))
+    assert steps == [0, 2]
+
+    def compare(name, a, b):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), f"{name} differs"
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), name
+            for key in a:
+                compare(f"{name}.{key}", a[key], b[key])
+        elif isinstance(a, (list, tuple)):
+            for i, pair in enumerate(zip(a, b, strict=True)):
+                compare(f"{name}.{i}", *pair)
+        else:
+            assert a == b, f"{name} differs"
+
+    compare("checkpoint", load_checkpoint(tmp_path / "plain"), load_checkpoint(tmp_path / "verified"))
+
+
+def test_a_search_stops_at_the_first_verified_step_that_is_wrong(plant, tmp_path, capsys):
+    calls = []
+
+    def cell(*arguments):
+        calls.append(arguments)
+        out, statistics = reference.cell(*arguments)
+        return out * (1.01 if len(calls) > 20 else 1), statistics  # a few steps are right
+
+    plant("native", cell=cell)
+    tiny = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
+    arguments = ["search", "--out", tmp_path / "r", *tiny, "--device", "cpu"]
+    status, _, err = run(capsys, *arguments, "--kernels", "native", "--verify-every", "1")
+    last = err.splitlines()[-1]
+    assert status == 1 and last.startswith("error: step ") and "out is off by 1.0e-02" in last
+    assert "(kernels native against reference)" in last and "--kernels reference, --resume" in last
+    assert not last.startswith("error: step 0:")
+    # and so it goes on
+    resumed = ["search", "--out", tmp_path / "r", "--resume", "--kernels", "reference", "--verify-every", "0"]
+    assert run(capsys, *resumed)[0] == 0
+
+
+def test_a_search_that_diverges_is_not_blamed_on_the_kernels(tmp_path):
+    with pytest.raises(NonFiniteLoss):
+        search(SearchConfig(out=str(tmp_path / "r"), verify_every=1, learning_rate=1e30, **TINY))
+
+
+def test_verify_every_is_not_negative():
+    with pytest.raises(ValueError, match="--verify-every must be at least 0, not -1"):
+        resolved(SearchConfig(verify_every=-1), "digits")
