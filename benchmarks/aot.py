@@ -3,9 +3,9 @@
     python -m benchmarks.aot [--arch 80 90] [--dtypes float32 bfloat16 tf32] [--json]
 
 The configurations are those that the launchers ask for on the meta device, in a weight and an architecture step of the
-CIFAR-10 and ImageNet searches with K = 2 and 4. Told are registers, spills, shared memory, the widest load and the tensor
-core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads its data
-in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
+CIFAR-10 and ImageNet searches with K = 2 and 4. Told are registers, spills, shared memory, the widest load and the
+tensor core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads
+its data in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
 """
 
 import json
@@ -86,7 +86,7 @@ def _specialized(kernel, tensors, arguments):
             signature[name] = "*" + names[tensors[name].dtype]
             if tensors[name].storage_offset() * tensors[name].element_size() % 16 == 0:
                 aligned.append(position)
-        elif parameter.is_constexpr or arguments[name] == 1:
+        elif parameter.is_constexpr or (arguments[name] == 1 and not parameter.do_not_specialize):
             value = arguments[name]
             signature[name] = "constexpr"
             constants[name] = value.name if isinstance(value, tl.dtype) else value
@@ -94,7 +94,7 @@ def _specialized(kernel, tensors, arguments):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if abs(arguments[name]) >= 2**31 else "i32"
-            if arguments[name] % 16 == 0:
+            if arguments[name] % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(position)
     options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
     job = {
@@ -203,7 +203,8 @@ def main(options: Options) -> dict:
 def show(result: dict) -> str:
     """The worst of each kernel, architecture and dtype, and every one that failed."""
     lines = [
-        f"{'kernel':24s} {'arch':>4s} {'dtype':>8s} {'':>5s} {'regs':>5s} {'spills':>6s} {'shared':>7s} {'load':>5s} {'mma':>5s}"
+        f"{'kernel':24s} {'arch':>4s} {'dtype':>8s} {'':>5s} {'regs':>5s} {'spills':>6s} {'shared':>7s} "
+        f"{'load':>5s} {'mma':>5s}"
     ]
     groups = {}
     for row in result["rows"]:

@@ -14,6 +14,7 @@ from fpdarts.config import RetrainConfig, SearchConfig
 from fpdarts.evaluate import build_network
 from fpdarts.gates import GateSampler
 from fpdarts.genotype import PUBLISHED
+from fpdarts.graphs import GraphedStep
 from fpdarts.retrain import training_step
 from fpdarts.search import build_supernet, optimizers, weight_step
 from tests.naive import NaiveSuperNet
@@ -57,15 +58,17 @@ def search_step(side, setting, architecture):
     draws = [sampler.sample() for _ in range(DRAWS)]
     last, on_device = {}, draws if side.branches else [gates.to(setting.device) for gates in draws]
 
-    def once(gates):
+    def once(images, labels, gates):
+        batch = images, labels
         if architecture:
             loss, logits = architect.step(batch, gates)
         else:
             loss, logits = weight_step(model, weight_optimizer, batch, gates, config)
         last.update(loss=loss.detach(), logits=logits.detach())
+        return tuple(last.values())
 
     def step(i):
-        once(on_device[i % DRAWS])
+        once(*batch, on_device[i % DRAWS])
 
     def results():
         if side.today:
@@ -76,34 +79,20 @@ def search_step(side, setting, architecture):
         return {**last, **{f"d_{name}": gradients[name] for name in asked}}
 
     if side.graph:
-        step = _graphed(once, on_device, model, architect.optimizer)
+        step = _graphed(once, batch, on_device, model)
     size, n = (setting.image_size,) * 2, setting.batch_size
     each = [work.supernet(spec_model, n, size, gates, not architecture).of("both") for gates in draws]
     mean = work.Work(*(sum(values) / DRAWS for values in zip(*each)))
     return Case(step, results, mean)
 
 
-def _graphed(once, draws, model, adam):
-    """A call as one replay, gates copied in before it. The weights are left as they were."""
-    gates, weights = draws[0].clone(), deepcopy(model.state_dict())
-    adam.param_groups[0]["capturable"] = True
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # lazy initialization, momentum buffers and the choice of algorithms are not to be captured
-            once(gates)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once(gates)
-
+def _graphed(once, batch, draws, model):
+    """A call as one replay, after calls that make the graph; the weights are then what they were before these."""
+    weights, graphed = deepcopy(model.state_dict()), GraphedStep(once)
+    for _ in range(GraphedStep.WARM_UP + 1):
+        graphed(*batch, draws[0])
     model.load_state_dict(weights)
-
-    def step(i):
-        gates.copy_(draws[i % DRAWS])
-        graph.replay()
-
-    return step
+    return lambda i: graphed(*batch, draws[i % DRAWS])
 
 
 def retrain_step(side, setting):

@@ -1,15 +1,9 @@
-"""Whether kernels compute on this machine what the reference computes: part by part, or within a running search.
-
-``check_kernels`` compares every operation of ``fpdarts.kernels``, and whole steps of the supernet, with the reference
-in float64 on the CPU. ``verify_step`` compares the cells of a supernet in training, on the very numbers of a step.
-
-An error is relative: the norm of the difference over the norm of what was expected. One that is not a number, of a
-tensor that is missing, or of one in another shape, is infinite.
+"""Whether kernels compute on this machine what the reference computes: every operation of ``fpdarts.kernels``, and
+whole steps of the supernet, against the reference in float64 on the CPU.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -17,24 +11,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from fpdarts import kernels as kernel_backends
 from fpdarts.architect import frozen
-from fpdarts.errors import KernelMismatch
 from fpdarts.gates import GateSampler
 from fpdarts.kernels.spec import OPERATIONS, CellSpec
 from fpdarts.space import DEFAULT_SUBSETS
-from fpdarts.supernet import Cell, SuperNet
+from fpdarts.supernet import SuperNet
 from fpdarts.training import autocast, select_device
-
-
-class Tolerance(NamedTuple):
-    """Largest relative errors that rounding explains."""
-
-    output: float
-    gradient: float
-
+from fpdarts.verify import (
+    Tolerance,
+    arithmetic,
+    backend_name,
+    cell_results,
+    is_gradient,
+    normal_numbers,
+    one_precision,
+    relative_errors,
+    results_of,
+)
 
 # All by arithmetic: exact float32; tf32, with its 10 bits, which CUDA takes for float32 if it may; bf16, with its 7.
 PART_TOLERANCE = {"float32": Tolerance(1e-5, 1e-4), "tf32": Tolerance(2e-3, 5e-3), "bf16": Tolerance(1e-2, 6e-2)}
@@ -43,82 +38,6 @@ PART_TOLERANCE = {"float32": Tolerance(1e-5, 1e-4), "tf32": Tolerance(2e-3, 5e-3
 CELL_TOLERANCE = {"float32": Tolerance(1e-5, 1e-4), "tf32": Tolerance(2e-3, 0.15), "bf16": Tolerance(3e-2, 0.25)}
 # All cells behind such a pixel follow: the gradients of a step, taken as one vector, show gross errors only.
 STEP_TOLERANCE = {"float32": Tolerance(1e-3, 5e-2), "tf32": Tolerance(2e-2, 0.3), "bf16": Tolerance(5e-2, 0.5)}
-# Of a cell in a search, which has many steps, and so some with such pixels even in float32.
-VERIFY_TOLERANCE = {"float32": Tolerance(1e-3, 1e-2), "tf32": Tolerance(1e-2, 0.15), "bf16": Tolerance(5e-2, 0.2)}
-
-# A gradient that all but vanishes beside the largest is rounding: it is judged by this share of the largest.
-SHARE = 1e-3
-
-
-def arithmetic(device: torch.device, amp: str) -> str:
-    """Key of the tolerances."""
-    if amp == "bf16":
-        return "bf16"
-    return "tf32" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "float32"
-
-
-@contextmanager
-def _one_precision():
-    """Convolutions of cuDNN take tf32 unless told otherwise; here only where matrix products may."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed and torch.get_float32_matmul_precision() != "highest"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-
-
-def _backend_name(name: str, device: torch.device) -> str:
-    """Of the back end that runs there, also for auto."""
-    return kernel_backends.backend(name, device.type).__name__.rpartition(".")[2]
-
-
-def _is_gradient(name: str) -> bool:
-    return name.startswith("d_")
-
-
-def _results(
-    call: Callable, tensors: Mapping[str, Tensor], asked: Iterable[str], seed: int, rounded: torch.dtype
-) -> dict[str, Tensor | None]:
-    """What call makes of the tensors, and ``d_<name>``, the gradients of those asked for (None where one is missing).
-
-    call: takes leaves under the names of the tensors, returns tensors by name; ``out`` among them is differentiated,
-        its incoming gradient is random. rounded: what that is rounded to, so that it is the same in every dtype.
-    """
-    asked = list(asked)
-    with torch.enable_grad():
-        leaves = {name: tensor.detach().requires_grad_(name in asked) for name, tensor in tensors.items()}
-        results = call(leaves)
-        if asked:
-            out = results["out"]
-            incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(rounded).to(out)
-            gradients = torch.autograd.grad(out, [leaves[name] for name in asked], incoming, allow_unused=True)
-            results |= {f"d_{name}": gradient for name, gradient in zip(asked, gradients)}
-    return results
-
-
-def _cell_results(call_cell: Callable, tensors: Mapping[str, Tensor], spec: CellSpec) -> dict[str, Tensor]:
-    """A cell's ``out`` and its Statistics by name. call_cell: takes the first arguments of ``kernels.cell``."""
-    inputs, weights = (tensors["input_0"], tensors["input_1"]), {name: tensors[name] for name in spec.parameters}
-    out, statistics = call_cell(spec, inputs, weights, tensors["operation_weights"], tensors["edge_weights"])
-    return {"out": out} | (statistics._asdict() if statistics else {})
-
-
-def relative_errors(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of every expected tensor, by name; names of gradients begin with ``d_``."""
-    norms = {name: tensor.double().norm().item() for name, tensor in expected.items()}
-    least = SHARE * max((norm for name, norm in norms.items() if _is_gradient(name)), default=0.0)
-    errors = {}
-    for name, tensor in expected.items():
-        ours, error = found.get(name), math.inf
-        if ours is not None and ours.shape == tensor.shape:
-            difference = (ours.detach().to(tensor.device).double() - tensor.double()).norm().item()
-            error = difference / max(norms[name], least if _is_gradient(name) else 0.0, 1e-30)
-        errors[name] = math.inf if math.isnan(error) else error
-    return errors
-
-
-# --- check_kernels: what computes, and what is computed ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,7 +77,7 @@ class Side:
             with self.autocast():
                 return call(leaves)
 
-        return _results(forward, tensors, tensors if asked is None else asked, seed, self.rounded)
+        return results_of(forward, tensors, tensors if asked is None else asked, seed, self.rounded)
 
 
 class Case(NamedTuple):
@@ -190,11 +109,6 @@ STEP_BATCH, STEP_CHANNELS, STEP_CELLS, STEP_SIZE = 4, 16, 8, 32
 SEEDS = range(7)
 
 
-def _draw(seed: int) -> Callable[..., Tensor]:
-    """Draws normal numbers in a shape."""
-    return partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-
-
 def _slice(state: Tensor, shape: Shape) -> Tensor:
     """What path 1 reads: not contiguous."""
     c = shape.channels // shape.partial
@@ -206,7 +120,7 @@ def _state(side: Side, draw: Callable, shape: Shape) -> Tensor:
 
 
 def _stage(side, seed, shape, name, stride, own=False):
-    draw, operation, c = _draw(seed), OPERATIONS[name], shape.channels // shape.partial
+    draw, operation, c = normal_numbers(seed), OPERATIONS[name], shape.channels // shape.partial
     k = operation.kernel_size
     tensors = {
         "x": side.state(draw(BATCH, EDGES * c, shape.size, shape.size)) if own else _state(side, draw, shape),
@@ -226,11 +140,11 @@ def _pooling(side, seed, shape, name, stride):
     def call(t):
         return {"out": kernel_backends.pooling(_slice(t["x"], shape), name, stride=stride, kernels=side.kernels)}
 
-    return side.run(call, {"x": _state(side, _draw(seed), shape)}, seed)
+    return side.run(call, {"x": _state(side, normal_numbers(seed), shape)}, seed)
 
 
 def _factorized_reduction(side, seed, shape):
-    draw, c = _draw(seed), shape.channels // shape.partial
+    draw, c = normal_numbers(seed), shape.channels // shape.partial
     tensors = {"x": _state(side, draw, shape)}
     tensors |= {name: side.weight(draw(EDGES, c, c // 2) / c**0.5) for name in ("even", "odd")}
 
@@ -242,7 +156,7 @@ def _factorized_reduction(side, seed, shape):
 
 
 def _normalize(side, seed, shape, given=False):
-    draw, channels = _draw(seed), shape.channels
+    draw, channels = normal_numbers(seed), shape.channels
     mean, variance = side.weight(draw(channels)), side.weight(draw(channels).square() + 0.5)
     tensors = {"raw": side.state(1 + draw(BATCH, channels, shape.size, shape.size))}
     tensors["weight"] = side.weight(draw(channels))
@@ -256,7 +170,7 @@ def _normalize(side, seed, shape, given=False):
 
 
 def _node(side, seed, shape):
-    draw, c = _draw(seed), shape.channels // shape.partial
+    draw, c = normal_numbers(seed), shape.channels // shape.partial
     tensors = {"coefficients": side.weight(draw(shape.partial, TERMS))}
     for s in range(shape.partial):
         for i in range(TERMS):
@@ -293,7 +207,7 @@ def _spec(kind: str, shape: Shape) -> CellSpec:
 
 def _cell(side, seed, kind, shape, gates="both", asked="all"):
     """asked: for gradients of ``all``, of ``weights`` or of the ``architecture`` (and of inputs), or of ``none``."""
-    spec, draw = _spec(kind, shape), _draw(seed)
+    spec, draw = _spec(kind, shape), normal_numbers(seed)
     edges, tensors = len(spec.edges), {}
     for i, wide in enumerate(spec.input_channels):
         pixels = 2 * shape.size if i == 0 and spec.factorized_input else shape.size
@@ -309,7 +223,7 @@ def _cell(side, seed, kind, shape, gates="both", asked="all"):
 
     def call(t):
         options = {"gates": GATES[gates](seed), "statistics": statistics, "kernels": side.kernels}
-        return _cell_results(partial(kernel_backends.cell, **options), t, spec)
+        return cell_results(partial(kernel_backends.cell, **options), t, spec)
 
     without = {"all": (), "weights": ARCHITECTURE, "architecture": spec.parameters, "none": tensors}[asked]
     return side.run(call, tensors, seed, [name for name in tensors if name not in without])
@@ -317,7 +231,7 @@ def _cell(side, seed, kind, shape, gates="both", asked="all"):
 
 def _step(side, seed, trained):
     """Loss, logits and gradient of a step of the ``weights`` or of the ``architecture``, as the search takes it."""
-    draw = _draw(seed)
+    draw = normal_numbers(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SuperNet(10, STEP_CHANNELS, STEP_CELLS, kernels=side.kernels)
@@ -404,7 +318,7 @@ def _worst(case: Case, side: Side, tolerance: Tolerance) -> tuple[tuple[float, s
 
     def once(seed):
         errors = [(error, name) for name, error in _outcome(case, side, seed).items()]
-        gradients = [entry for entry in errors if _is_gradient(entry[1])]
+        gradients = [entry for entry in errors if is_gradient(entry[1])]
         return max(entry for entry in errors if entry not in gradients), max(gradients, default=None)
 
     output, gradient = once(SEEDS[0])
@@ -459,95 +373,14 @@ def check_kernels(
     Raises ValueError for an unknown back end or device and BackendUnavailable for a back end that cannot run.
     """
     chosen = select_device(device)
-    name = _backend_name(kernels, chosen)
+    name = backend_name(kernels, chosen)
     side = Side(name, chosen, torch.float32, amp)
     say(f"kernels {name} on {chosen}, mixed precision {amp}: relative errors against the reference in float64")
     say(_columns("operation", "output", "allowed", "gradient", "allowed", "worst"))
     rows = []
-    with _one_precision():
+    with one_precision():
         for operation, cases in operations().items():
             rows.append(_row(operation, cases, side))
             say(_line(rows[-1]))
     passed = all(row["passed"] for row in rows)
     return {"kernels": name, "device": str(chosen), "amp": amp, "rows": rows, "passed": passed}
-
-
-# --- verify_step: a supernet in training ------------------------------------------------------------------------------
-
-
-def verify_step(model: SuperNet, images: Tensor, gates: Tensor, amp: str, step: int):
-    """Computes every cell of a step forward and backward by the model's back end and by the reference in float32.
-
-    Both get the inputs, weights and gates that the cell has in this step, and the same random gradient of its output:
-    with gradients of the whole network, one pixel that went another way would hide what a cell did wrong. Running
-    statistics, gradients and the global random state are left as they are.
-
-    model: in training mode. images: (N, 3, H, W). gates: (cells, edges, paths). step: its number, for the message.
-    Raises KernelMismatch, naming step, cell and tensor.
-    """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    hooks = [
-        cell.register_forward_pre_hook(partial(_verify_cell, f"step {step}: cells.{i}", amp, step))
-        for i, cell in enumerate(model.cells)
-    ]
-    try:
-        with torch.no_grad(), _one_precision(), autocast(amp, images.device):
-            functional_call(model, buffers, (images, gates))
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _verify_cell(where: str, amp: str, seed: int, cell: Cell, arguments: tuple):
-    """A forward pre-hook: compares, before the cell is computed, what its arguments come to.
-
-    Where gradients alone are off, a tensor is judged by the smaller of its errors on two inputs, the second 1 % off:
-    the pixels whose gradient goes another way are then others, but an error stays.
-    """
-    inputs, operation_weights, edge_weights, gates, asked = arguments
-    name = _backend_name(asked, inputs[0].device)
-    tensors = {"input_0": inputs[0], "input_1": inputs[1], **dict(cell.named_parameters(recurse=False))}
-    tensors |= {"operation_weights": operation_weights, "edge_weights": edge_weights}
-    tolerance = VERIFY_TOLERANCE[arithmetic(inputs[0].device, amp)]
-
-    def allowed(tensor):
-        return tolerance.gradient if _is_gradient(tensor) else tolerance.output
-
-    def excess(tensor):
-        return errors[tensor] / allowed(tensor)
-
-    errors = _cell_errors(cell.spec, tensors, gates, name, amp, seed)
-    wrong = [tensor for tensor in errors if excess(tensor) > 1]
-    if wrong and all(_is_gradient(tensor) and errors[tensor] < math.inf for tensor in wrong):
-        draw = _draw(seed)
-        moved = {f"input_{i}": x + 0.01 * x.std() * draw(*x.shape).to(x) for i, x in enumerate(inputs)}
-        again = _cell_errors(cell.spec, tensors | moved, gates, name, amp, seed)
-        errors = {tensor: min(error, again.get(tensor, error)) for tensor, error in errors.items()}
-    worst = max(errors, key=excess, default=None)
-    if worst is not None and excess(worst) > 1:
-        raise KernelMismatch(
-            f"{where} {worst} is off by {errors[worst]:.1e}, relative; allowed {allowed(worst):g} (kernels {name} "
-            f"against reference). `fpdarts check-kernels --kernels {name}` says more; the run goes on from its last "
-            "checkpoint with --kernels reference, --resume and its --out"
-        )
-
-
-def _cell_errors(
-    spec: CellSpec, tensors: dict[str, Tensor], gates: Tensor, kernels: str, amp: str, seed: int
-) -> dict[str, float]:
-    """Of a back end against the reference in float32, without what is not finite there: a run that has diverged says so
-    itself."""
-    device, rounded = tensors["input_1"].device, tensors["input_1"].dtype
-
-    def results(kernels, amp, tensors):
-        def call(leaves):
-            with autocast(amp, device):
-                return _cell_results(partial(kernel_backends.cell, gates=gates, kernels=kernels), leaves, spec)
-
-        return _results(call, tensors, tensors, seed, rounded)
-
-    with autocast("off", device):  # as in a step, where backward passes are outside of it
-        found = results(kernels, amp, tensors)
-        expected = results("reference", "off", {name: tensor.float() for name, tensor in tensors.items()})
-    finite = {n: tensor for n, tensor in expected.items() if tensor is not None and tensor.isfinite().all()}
-    return relative_errors(found, finite)

@@ -49,6 +49,8 @@ class RunConfig:
     """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
     amp: Amp | None = None
     """Mixed precision: bf16 on CUDA and off elsewhere if not given."""
+    cuda_graphs: bool = True
+    """On CUDA, run a whole step as one graph, where the kernels allow it."""
     workers: int = 2
     """Processes that decode image files; images in memory need none."""
     resume: bool = False

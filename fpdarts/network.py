@@ -250,20 +250,21 @@ class DerivedNetwork(nn.Module):
         if auxiliary:
             self.auxiliary_head = AuxiliaryHead(self.cells[self.auxiliary_cell].channels_out, num_classes, stem)
 
-    def forward(self, images: Tensor, drop_path: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, drop_path: float | Tensor = 0.0) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of a batch.
 
         images: (N, 3, H, W) float. drop_path: the chance, in [0, 1), that an edge is dropped for a sample; used in
-        training only, on all edges but identities. Returns logits (N, num_classes), float32 also under autocast
+        training only, on all edges but identities; a tensor of no dimension is read on its device, by CUDA graphs too. Returns logits (N, num_classes), float32 also under autocast
         (float64 for a float64 network); in training with an auxiliary head the pair (logits, auxiliary logits).
 
         Raises ValueError for a drop_path out of range, an image size that does not halve evenly, or, in training, one
         that the auxiliary head does not fit.
         """
-        if not 0 <= drop_path < 1:
+        on_device = isinstance(drop_path, Tensor)
+        if not on_device and not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
         path_scales = None
-        if self.training and drop_path > 0:
+        if self.training and (on_device or drop_path > 0):
             path_scales = self._draw_path_scales(images, 1 - drop_path)
 
         auxiliary_logits = None
@@ -277,7 +278,7 @@ class DerivedNetwork(nn.Module):
         logits = _at_least_float32(self.classifier(previous.mean((2, 3))))
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
-    def _draw_path_scales(self, images: Tensor, keep: float) -> Tensor:
+    def _draw_path_scales(self, images: Tensor, keep: float | Tensor) -> Tensor:
         """0 or 1 / keep for every cell, edge and sample. One draw for all: 160 small ones cost as many launches."""
         edges = len(self.cells[0].operations)
         shape = (len(self.cells), edges, images.shape[0], 1, 1, 1)

@@ -12,6 +12,7 @@ from fpdarts.count import count
 from fpdarts.data import Loader, augmentation, open_data
 from fpdarts.evaluate import build_network
 from fpdarts.genotype import find
+from fpdarts.graphs import GraphedStep, prepare_optimizer, set_learning_rate
 from fpdarts.run import Run
 from fpdarts.training import Meter, Progress, autocast, evaluate_model, require_finite, select_amp, select_device
 
@@ -33,8 +34,11 @@ def retrain(config: RetrainConfig) -> dict:
     optimizer = torch.optim.SGD(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
+    prepare_optimizer(optimizer, device)
+    take_step = _steps(config, network, optimizer, device)
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
+    prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if not config.resume:
         genotype.save(run.path / "genotype.json")
 
@@ -46,12 +50,12 @@ def retrain(config: RetrainConfig) -> dict:
     for epoch in range(first_epoch, config.epochs):
         meter, rate = Meter(top5), learning_rate(config, epoch)
         check = partial(require_finite, meter, epoch * steps, rate, run.path)
-        optimizer.param_groups[0]["lr"] = rate
+        set_learning_rate(optimizer, rate)
         drop_path = config.drop_path * epoch / config.epochs
         network.train()
         progress.start_epoch()
         for batch in train_loader.epoch(epoch):
-            loss, logits = training_step(network, optimizer, batch, drop_path, config)
+            loss, logits = take_step(batch, drop_path)
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()
@@ -67,6 +71,24 @@ def retrain(config: RetrainConfig) -> dict:
     result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
     result |= evaluate_model(network, test_loader, config.amp, top5, "test")
     return run.write_result({**result, **count(network, data.image_size)})
+
+
+def _steps(config, network, optimizer, device):
+    """What takes a step, of (batch, drop_path); on CUDA a graph."""
+    if device.type != "cuda" or not config.cuda_graphs:
+        return lambda batch, drop_path: training_step(network, optimizer, batch, drop_path, config)
+    chance = torch.zeros((), device=device)  # one graph serves all epochs
+
+    def step(images, labels):
+        return training_step(network, optimizer, (images, labels), chance if config.drop_path else 0.0, config)
+
+    graphed = GraphedStep(step)
+
+    def take(batch, drop_path):
+        chance.fill_(drop_path)
+        return graphed(*batch)
+
+    return take
 
 
 def _loaders(config, data, device):

@@ -28,11 +28,15 @@ class Run:
     """One run directory, open for writing."""
 
     def __init__(self, path: Path, metrics: list[dict]):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path, self.metrics, self._stateful, self._facts = path, metrics, {}, {}
         (path / "checkpoints").mkdir(exist_ok=True)
-        self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=len(metrics))
+        self._tensorboard = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            print("tensorboard is not installed: metrics.jsonl has the metrics, there are no plots", file=sys.stderr)
+        else:
+            self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=len(metrics))
 
     @classmethod
     def open(cls, command: str, config, data, stateful: dict) -> tuple["Run", int]:
@@ -100,10 +104,11 @@ class Run:
         self.metrics.append({k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()})
         with replacing(self.path / "metrics.jsonl") as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in self.metrics)
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)) and name != "epoch":
-                self._tensorboard.add_scalar(name, value, epoch)
-        self._tensorboard.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self._tensorboard.add_scalar(name, value, epoch)
+            self._tensorboard.flush()
 
         state = {name: item.state_dict() for name, item in self._stateful.items()}
         with replacing(self.path / "checkpoints" / f"epoch-{epoch:04d}.pt") as file:
@@ -120,7 +125,8 @@ class Run:
         """result.json, with the run's path and its seconds of training; returned."""
         result = {"run": str(self.path), **result, "seconds": sum(line["seconds"] for line in self.metrics)}
         self.write_json("result.json", result)
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         return result
 
 

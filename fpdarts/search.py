@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from fpdarts import config as configuration
 from fpdarts import kernels
 from fpdarts.architect import Architect, frozen
-from fpdarts.check import verify_step
 from fpdarts.config import SearchConfig, learning_rate
 from fpdarts.data import Loader, augmentation, open_data
 from fpdarts.gates import GateSampler
+from fpdarts.graphs import GraphedStep, prepare_optimizer, set_learning_rate
 from fpdarts.run import Run
 from fpdarts.supernet import ARCHITECTURE, SuperNet
 from fpdarts.training import (
@@ -26,6 +26,7 @@ from fpdarts.training import (
     select_amp,
     select_device,
 )
+from fpdarts.verify import verify_step
 
 
 def search(config: SearchConfig) -> dict:
@@ -44,10 +45,13 @@ def search(config: SearchConfig) -> dict:
     model = build_supernet(config, len(data.classes)).to(device)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=config.seed)
     weight_optimizer, architect = optimizers(config, model, device)
+    take_weight_step, take_architecture_step = _steps(config, model, weight_optimizer, architect, device)
     _try_out(model, data.image_size, gates, device)
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
     run, first_epoch = Run.open("search", config, data, stateful)
+    for optimizer in (weight_optimizer, architect.optimizer):
+        prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if config.gates == "fixed":
         _report_untrained(model, gates)
 
@@ -59,17 +63,17 @@ def search(config: SearchConfig) -> dict:
     for epoch in range(first_epoch, config.epochs):
         meter, rate = Meter(top5), learning_rate(config, epoch)
         check = partial(require_finite, meter, epoch * steps, rate, run.path)
-        weight_optimizer.param_groups[0]["lr"] = rate
+        set_learning_rate(weight_optimizer, rate)
         model.train()
         progress.start_epoch()
         held_out = _endless(architecture_loader, epoch * -(-steps // len(architecture_loader)))
         for step, batch in enumerate(weight_loader.epoch(epoch), epoch * steps):
             if epoch >= config.architecture_from:
-                architect.step(next(held_out), gates.sample(), batch if config.unrolled else None)
+                take_architecture_step(next(held_out), gates.sample(), batch)
             step_gates = gates.sample()
             if config.verify_every and step % config.verify_every == 0:
                 verify_step(model, batch[0], step_gates, config.amp, step)
-            loss, logits = weight_step(model, weight_optimizer, batch, step_gates, config)
+            loss, logits = take_weight_step(batch, step_gates)
             meter.add(loss, logits, batch[1])
             progress.step(epoch, meter, check)
         check()
@@ -86,6 +90,35 @@ def search(config: SearchConfig) -> dict:
     result = {"kernels": backend.__name__.rpartition(".")[2], "amp": config.amp, "device": str(device)}
     result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
     return run.write_result({**result, "genotype": model.genotype().to_dict()})
+
+
+def _steps(config, model, weight_optimizer, architect, device):
+    """What takes a weight step, of (batch, gates), and an architecture step, of (batch, gates, batch of the weights).
+
+    On CUDA both are graphs where the kernels allow it: gates then are numbers on the device, like images.
+    """
+
+    def step_of_weights(images, labels, gates):
+        return weight_step(model, weight_optimizer, (images, labels), gates, config)
+
+    def step_of_architecture(images, labels, gates):
+        return architect.step((images, labels), gates)
+
+    if device.type == "cuda" and config.cuda_graphs and config.unrolled:
+        print("a second-order step is not run as a CUDA graph; both steps run without", file=sys.stderr)
+    elif device.type == "cuda" and config.cuda_graphs:
+        if getattr(kernels.backend(config.kernels, "cuda"), "GRAPHS", False):
+            pool = torch.cuda.graph_pool_handle()
+            step_of_weights = GraphedStep(step_of_weights, pool)
+            step_of_architecture = GraphedStep(step_of_architecture, pool)
+            return (
+                lambda batch, gates: step_of_weights(*batch, gates.to(device, non_blocking=True)),
+                lambda batch, gates, _: step_of_architecture(*batch, gates.to(device, non_blocking=True)),
+            )
+    return (
+        lambda batch, gates: step_of_weights(*batch, gates),
+        lambda batch, gates, train: architect.step(batch, gates, train if config.unrolled else None),
+    )
 
 
 def build_supernet(config: SearchConfig, num_classes: int) -> SuperNet:
@@ -141,6 +174,8 @@ def optimizers(config, model, device):
         step_size=config.unrolled_step_size,
         autocast=partial(autocast, config.amp, device),
     )
+    for optimizer in (sgd, adam):
+        prepare_optimizer(optimizer, device)
     return sgd, architect
 
 

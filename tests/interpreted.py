@@ -1,5 +1,5 @@
-"""The Triton kernels against the float64 reference, in Triton's interpreter: run by test_triton.py, in a process of its own
-with TRITON_INTERPRET=1, since that is read once, when triton is imported.
+"""The Triton kernels against the float64 reference, in Triton's interpreter: run by test_triton.py, in a process of its
+own with TRITON_INTERPRET=1, since that is read once, when triton is imported.
 """
 
 import pytest
@@ -105,7 +105,9 @@ GATES = {
 }  # fmt: skip
 
 
-def cell(channels=8, partial=2, nodes=2, reduction=False, factorized=False, gates="sampled", size=(6, 6), n=2, **options):
+def cell(
+    channels=8, partial=2, nodes=2, reduction=False, factorized=False, gates="sampled", size=(6, 6), n=2, **options
+):
     spec = CellSpec(channels, (12, 20), partial, options.get("subsets", DEFAULT_SUBSETS), nodes, reduction, factorized)
     edges, paths = len(spec.edges), spec.paths
     sizes = (tuple(2 * side for side in size) if factorized else size), size

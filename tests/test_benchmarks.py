@@ -1,11 +1,8 @@
 """The benchmarks themselves: what they count, that a wrong back end is caught, and that a slow one is told as slow."""
 
 import json
-import sys
 import time
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -21,21 +18,6 @@ from fpdarts import GateSampler, SuperNet, kernels
 
 LIMITS = Limits("cpu", 1, 1e11, 1e10, None)
 SMALL = Setting(batch_size=2, init_channels=4, cells=3, image_size=16)
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """Makes a back end of the reference's functions with some replaced."""
-
-    def make(name, **functions):
-        module = ModuleType(f"fpdarts.kernels.{name}")
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        for key in ("unavailable", "stage", "pooling", "factorized_reduction", "normalize", "node", "cell"):
-            setattr(module, key, functions.get(key, getattr(reference, key)))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(kernels, "BACKENDS", (*kernels.BACKENDS, name))
-
-    return make
 
 
 @pytest.mark.parametrize("side", ["eager", "channels_last", "reference"])
@@ -131,7 +113,7 @@ def test_defaults_are_overridden_by_what_is_given():
 @pytest.mark.parametrize("d_weight", [True, False], ids=["weight step", "architecture step"])
 def test_flops_by_formula_equal_those_dispatched(gates, partial, stem, size, d_weight):
     with torch.device("meta"):
-        model = SuperNet(10, 8, 5, partial=partial, stem=stem)
+        model = SuperNet(10, 8, 5, partial=partial, stem=stem, kernels="reference")
         images, labels = torch.empty(4, 3, size, size), torch.empty(4, dtype=torch.long)
     gates = GateSampler(*model.gate_shape, mode=gates).sample()
     trained = model.weight_parameters() if d_weight else model.architecture_parameters()

@@ -4,42 +4,23 @@ import json
 import math
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from fpdarts.kernels import reference
 
-from fpdarts import GateSampler, SuperNet, check, kernels
-from fpdarts.check import Case, Shape, Tolerance, check_kernels, relative_errors, verify_step
+from fpdarts import GateSampler, SuperNet, check, verify
+from fpdarts.check import Case, Shape, check_kernels
 from fpdarts.cli import main
 from fpdarts.config import SearchConfig, resolved
 from fpdarts.errors import KernelMismatch, NonFiniteLoss
 from fpdarts.run import load_checkpoint
 from fpdarts.search import search
+from fpdarts.verify import Tolerance, relative_errors, verify_step
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(limit=120, init_channels=4, cells=3, batch_size=30, epochs=2)  # two steps an epoch
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """Makes a back end of the reference's functions with some replaced, also under the name of one that exists."""
-
-    def make(name, **functions):
-        module = ModuleType(f"fpdarts.kernels.{name}")
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        for key in ("unavailable", "stage", "pooling", "factorized_reduction", "normalize", "node", "cell"):
-            setattr(module, key, functions.get(key, getattr(reference, key)))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        if name not in kernels.BACKENDS:
-            monkeypatch.setattr(kernels, "BACKENDS", (*kernels.BACKENDS, name))
-        kernels._reason_against.cache_clear()
-
-    yield make
-    kernels._reason_against.cache_clear()
 
 
 @pytest.fixture
@@ -307,7 +288,7 @@ def test_a_gradient_that_is_off_on_one_input_only_is_a_tie(plant, monkeypatch):
         calls.append(arguments)
         return {"out": 0.0, "d_input_1": 0.5 if len(calls) == 1 else 1e-6}
 
-    monkeypatch.setattr(check, "_cell_errors", errors)
+    monkeypatch.setattr(verify, "_cell_errors", errors)
     verify_step(*step_arguments("reference"), "off", 0)
     assert len(calls) == 4  # three cells, the first of them twice
     assert not torch.equal(calls[0][1]["input_1"], calls[1][1]["input_1"])

@@ -1,7 +1,8 @@
 """The Triton back end, for NVIDIA GPUs. Contracts of the functions are in ``fpdarts.kernels``.
 
-Read in this order: driver.py (a cell: what runs when), plan.py (where everything lies), convolution.py, pools.py, mixture.py and
-statistics.py (the kernels), launch.py and tuning.py (how they are launched), parts.py (a cell's parts as functions).
+Read in this order: driver.py (a cell: what runs when), plan.py (where everything lies), convolution.py, pools.py,
+mixture.py and statistics.py (the kernels), launch.py and tuning.py (how they are launched), parts.py (a cell's parts as
+functions).
 
 All kernels and their wrappers load at the first call: the package can be imported, and says why it cannot run, where
 triton is not installed.
@@ -9,6 +10,8 @@ triton is not installed.
 
 from importlib import import_module
 from importlib.util import find_spec
+
+GRAPHS = True  # a step may be captured as a CUDA graph: gates are read on the device, and nothing waits for it
 
 
 def unavailable(device):

@@ -1,4 +1,5 @@
-"""Convolutions as matrix products over gathered rows (implicit GEMM): forward, both gradients, and the weights' packing.
+"""Convolutions as matrix products over gathered rows (implicit GEMM): forward, both gradients, and the weights'
+packing.
 
 Depthwise followed by pointwise, with nothing between, is one dense convolution by depthwise * pointwise, which tensor
 cores compute for all edges that leave a state at once. The same kernels serve first and second stages, factorized
@@ -8,9 +9,9 @@ A *job* is one such convolution: a row of a table of int64 on the device. Its ta
 
     dy = (tap // side) * dilation - pad,    dx = (tap % side) * dilation + (tap // side) * skew - pad
 
-Maps are matrices of N*H*W rows and of channels, rows ``ROW`` elements apart, so that a slice of a wider map and a map of
-its own are read alike. ``opened[i]`` is 0 for an instance i (a row of the cell's statistics) whose path is closed: it is
-neither computed nor read.
+Maps are matrices of N*H*W rows and of channels, rows ``ROW`` elements apart, so that a slice of a wider map and a map
+of its own are read alike. ``opened[i]`` is 0 for an instance i (a row of the cell's statistics) whose path is closed:
+it is neither computed nor read.
 """
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..spec import EPSILON
 from . import tuning
-from .launch import dot_options, launch, padded, pieces
+from .launch import dot_options, kernel, launch, padded, pieces
 from .statistics import finishes_last, merge_statistics, merge_sums
 
 
@@ -45,8 +46,8 @@ def _tap_and_channel(chunk, WIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _open_edges(opened_ptr, first, edges, EDGES: tl.constexpr):
-    """Bit e: whether instance first + e is open. A scalar: a loaded vector would hide from the compiler that the mask is
-    the same for all channels of an edge."""
+    """Bit e: whether instance first + e is open. A scalar: a loaded vector would hide from the compiler that the mask
+    is the same for all channels of an edge."""
     bits = 0
     for e in tl.static_range(EDGES):
         if e < edges:
@@ -63,16 +64,17 @@ def _activated(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
 
 
-@triton.jit
+@kernel
 def convolve_fwd_kernel(
     x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr, M,
-    H, W, OH, OW, EDGE, EPSILON, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr,
-    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P_IN: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    H, W, OH, OW, EDGE, EPSILON, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr,
+    STATISTICS: tl.constexpr, P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew, first
-    output instance, output offset, edges, statistics row of x. With STATISTICS, those of the outputs are taken, over
-    partial[instance, tile] = (sum, squares about its mean).
+    """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew,
+    first output instance, output offset, edges, statistics row of x. With STATISTICS, those of the outputs are taken,
+    over partial[instance, tile] = (sum, squares about its mean).
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
     taps, side = tl.load(jobs_ptr + 3).to(tl.int32), tl.load(jobs_ptr + 4).to(tl.int32)
@@ -86,6 +88,7 @@ def convolve_fwd_kernel(
     weight_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     weight_edge = tl.multiple_of(tl.load(jobs_ptr + 2).to(tl.int32), 8)
     out_ptr += tl.multiple_of(tl.load(jobs_ptr + 9), 8)
+    EDGE = tl.multiple_of(EDGE, 8)
     row = tl.load(jobs_ptr + 11).to(tl.int32)
 
     rows = tile * BLOCK + tl.arange(0, BLOCK)
@@ -129,21 +132,21 @@ def convolve_fwd_kernel(
         tl.store(where + C, tl.sum(away * away, 0), mask=kept)
         if finishes_last(counters_ptr + tl.program_id(1), tl.num_programs(0)):
             merge_statistics(
-                partial_ptr, mean_ptr, inverse_ptr, variance_ptr, first + e, co, kept, M, tl.num_programs(0), EPSILON, C,
-                BLOCK, 16,
+                partial_ptr, mean_ptr, inverse_ptr, variance_ptr, first + e, co, kept, M, tl.num_programs(0), EPSILON,
+                C, BLOCK, 16,
             )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def convolve_dgrad_kernel(
     d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, sums_ptr, mean_ptr, inverse_ptr, opened_ptr, counters_ptr, jobs_ptr,
-    segments_ptr, M, H, W, OH, OW, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr,
-    WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
+    segments_ptr, M, H, W, OH, OW, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr,
+    D_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
+    NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments, statistics
-    row of x, row of dx's sums. A segment: d offset, first instance, edges, weight offset, weight's edge
+    """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments,
+    statistics row of x, row of dx's sums. A segment: d offset, first instance, edges, weight offset, weight's edge
     distance, taps, side, dilation, pad, skew. dx = (x > 0) * sum over segments. With NORMALIZE, x is normalized, and
     sums[row], sums[row + 1] = sum dx, sum dx * x, over partial[job, tile].
     """
@@ -154,6 +157,7 @@ def convolve_dgrad_kernel(
     n, y, x = position(rows, H, W)
     ci = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     WIDE: tl.constexpr = EDGES * P
+    EDGE = tl.multiple_of(EDGE, 8)
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     any_open = 0
     for s in range(start, start + count):
@@ -210,16 +214,17 @@ def convolve_dgrad_kernel(
             merge_sums(partial_ptr + C_IN, sums_ptr + C_IN, ci, ci < C_IN, tiles, 2 * C_IN, 16)
 
 
-@triton.jit
+@kernel
 def convolve_wgrad_kernel(
     d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, EDGE, DISTANCE,
     STRIDE: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr,
     EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (parts of the rows, jobs, chunks of taps and input channels). A job: x offset, d offset, first instance, edges,
-    taps, side, dilation, pad, skew, offset in a part's results, statistics row of x. partial: parts DISTANCE apart, in each a job's
-    edges, taps, input and output channels from its offset on, 0 for closed edges. A later kernel sums up, part by part.
+    """Grid (parts of the rows, jobs, chunks of taps and input channels). A job: x offset, d offset, first instance,
+    edges, taps, side, dilation, pad, skew, offset in a part's results, statistics row of x. partial: parts DISTANCE
+    apart, in each a job's edges, taps, input and output channels from its offset on, 0 for closed edges. A later kernel
+    sums up, part by part.
     """
     part, jobs_ptr, chunk = tl.program_id(0), jobs_ptr + tl.program_id(1) * 11, tl.program_id(2)
     taps, side = tl.load(jobs_ptr + 4).to(tl.int32), tl.load(jobs_ptr + 5).to(tl.int32)
@@ -238,6 +243,7 @@ def convolve_wgrad_kernel(
     column = tl.arange(0, EDGES * P)
     e, co = column // P, column % P
     kept = (((opened >> e) & 1) != 0) & (co < C)
+    EDGE = tl.multiple_of(EDGE, 8)
     if NORMALIZE:
         mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
         inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
@@ -272,8 +278,9 @@ def _geometry(size, out_size):
 
 def convolve_fwd(
     x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, statistics: dict[str, Tensor], opened: Tensor,
-    counters: Tensor, jobs: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, edge: int,
-    weight_row: int, c_in: int, c: int, edges: int, normalize: bool, training: bool, block: int, moved: float,
+    counters: Tensor, jobs: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int,
+    x_row: int, out_row: int, edge: int, weight_row: int, c_in: int, c: int, edges: int, normalize: bool,
+    training: bool, moved: float,
 ):  # fmt: skip
     """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
     training: statistics (mean_ptr, inverse_ptr, variance_ptr) of the outputs are taken. counters: zeros, one a job."""
@@ -284,18 +291,18 @@ def convolve_fwd(
         "counters_ptr": counters, "jobs_ptr": jobs,
     }  # fmt: skip
     launch(
-        convolve_fwd_kernel, (pieces(m, block), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
-        EDGE=edge, EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges,
-        NORMALIZE=normalize, STATISTICS=training, P_IN=p_in, P=p, BLOCK=block, DTYPE=_TRITON_DTYPE[out.dtype],
-        **dot_options(out.dtype), **tuning.convolution(p_in, edges * p),
+        convolve_fwd_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
+        EDGE=edge, EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c,
+        EDGES=edges, NORMALIZE=normalize, STATISTICS=training, P_IN=p_in, P=p, BLOCK=tuning.block(),
+        DTYPE=_TRITON_DTYPE[out.dtype], **dot_options(out.dtype), **tuning.convolution(p_in, edges * p),
     )  # fmt: skip
 
 
 def convolve_dgrad(
     d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, partial: Tensor, sums: Tensor, mean: Tensor, inverse: Tensor,
-    opened: Tensor, counters: Tensor, jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int,
-    dx_row: int, d_row: int, edge: int, weight_row: int, c_in: int, c: int, edges: int, normalize: bool, block: int,
-    moved: float,
+    opened: Tensor, counters: Tensor, jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int],
+    out_size: tuple[int, int], stride: int, x_row: int, dx_row: int, d_row: int, edge: int, weight_row: int, c_in: int,
+    c: int, edges: int, normalize: bool, moved: float,
 ):  # fmt: skip
     p_in, p, m, edges = padded(c_in), padded(c), n * size[0] * size[1], padded(edges)
     options = tuning.data_gradient(p_in, edges * p)
@@ -305,9 +312,9 @@ def convolve_dgrad(
         "segments_ptr": segments,
     }  # fmt: skip
     launch(
-        convolve_dgrad_kernel, (pieces(m, block), len(jobs), pieces(c_in, options["COLUMNS"])), tensors, moved, M=m,
+        convolve_dgrad_kernel, (tuning.tiles(m), len(jobs), pieces(c_in, options["COLUMNS"])), tensors, moved, M=m,
         **_geometry(size, out_size), EDGE=edge, STRIDE=stride, X_ROW=x_row, DX_ROW=dx_row, D_ROW=d_row,
-        WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges, NORMALIZE=normalize, P=p, BLOCK=block,
+        WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges, NORMALIZE=normalize, P=p, BLOCK=tuning.block(),
         DTYPE=_TRITON_DTYPE[dx.dtype], **dot_options(dx.dtype), **options,
     )  # fmt: skip
 
@@ -316,7 +323,7 @@ def wgrad_parts(m: int, c_in: int, c: int, edges: int, taps: int, jobs: int) -> 
     """How many parts a weight gradient is cut into, so that its programs fill the chip."""
     options = tuning.weight_gradient(padded(c_in), padded(edges) * padded(c))
     chunks = pieces(taps * padded(c_in), options["BLOCK_K"])
-    return max(1, min(pieces(m, options["BLOCK"]), pieces(tuning.PROGRAMS, jobs * chunks)))
+    return max(1, min(pieces(m, options["BLOCK"]), pieces(tuning.KNOBS["programs"], jobs * chunks)))
 
 
 def convolve_wgrad(

@@ -27,8 +27,6 @@ from .packing import contract_kernel, expand_kernel, gather_kernel, halves_kerne
 from .plan import Plan, plan
 from .pools import pool_fwd_kernel
 
-BLOCK = tuning.STATISTICS_BLOCK
-
 
 class _Work:
     """A cell's buffers in one forward, and the launches on them. What backward needs stays here."""
@@ -46,13 +44,13 @@ class _Work:
         self.updated = torch.empty(p.instances, 1, device=device)
         self.coefficients = torch.empty(p.one + 1, device=device)
         self.counters = torch.empty(p.counters, dtype=torch.int32, device=device)
-        self.partial = torch.empty(p.instances * pieces(max(p.m, p.m_in), BLOCK) * 2 * p.c, device=device)
+        self.partial = torch.empty(p.instances * tuning.tiles(max(p.m, p.m_in)) * 2 * p.c, device=device)
         self.open_on_host = None
         if is_counting():
             flat = [value != 0 for row in gates.tolist() for value in row] if gates.device.type == "cpu" else None
             self.open_on_host = p.open_instances(flat)
         self.bytes = {torch.float32: 4, torch.bfloat16: 2}[dtype]
-        self.block = {"C": p.c, "P": padded(p.c), "BLOCK": BLOCK}
+        self.block = {"C": p.c, "P": padded(p.c), "BLOCK": tuning.block()}
 
     # Counting ---------------------------------------------------------------------------------------------------------
 
@@ -101,14 +99,14 @@ class _Work:
         convolve_fwd(
             x, self.preprocess_weights(i), raw, self.partial, self.statistics, self.opened, self.counters, jobs,
             **p.preprocess_shape(i), x_row=x.shape[1], out_row=p.c, edge=p.slice_in, weight_row=p.c * p.k, edges=p.k,
-            normalize=False, training=self.training, block=BLOCK,
+            normalize=False, training=self.training,
             moved=self.moved(lambda: x.numel() + p.m_in * p.c * p.k),
         )  # fmt: skip
 
     def normalize_states(self, raw):
         p = self.p
         launch(
-            normalize_fwd_kernel, (pieces(p.m_in, BLOCK), 2 * p.k),
+            normalize_fwd_kernel, (tuning.tiles(p.m_in), 2 * p.k),
             {"raw_ptr": raw, "out_ptr": self.space, **self.normalizing}, self.moved(lambda: 4 * p.k * p.m_in * p.c),
             M=p.m_in, SLICE=p.slice_in, first=0, **self.block,
         )  # fmt: skip
@@ -132,7 +130,7 @@ class _Work:
             convolve_fwd(
                 self.space, self.dense, self.space, self.partial, self.statistics, self.opened, self.counters, jobs,
                 **self.shape(group), x_row=p.c, out_row=p.c, edge=p.slice, weight_row=p.c,
-                edges=max(job[10] for job in rows), normalize=False, training=self.training, block=BLOCK,
+                edges=max(job[10] for job in rows), normalize=False, training=self.training,
                 moved=self.moved(elements),
             )  # fmt: skip
 
@@ -148,7 +146,7 @@ class _Work:
         }  # fmt: skip
         moved = self.moved(lambda: sum(p.c * (read + p.m) for job in rows if job[4] < 0 or self.open_on_host[job[4]]))
         launch(
-            pool_fwd_kernel, (pieces(p.m, BLOCK), len(rows)), tensors, moved, M=p.m, H=size[0], W=size[1],
+            pool_fwd_kernel, (tuning.tiles(p.m), len(rows)), tensors, moved, M=p.m, H=size[0], W=size[1],
             OH=p.outer[0], OW=p.outer[1], EPSILON=EPSILON, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
             STATISTICS=self.training, **self.block,
         )  # fmt: skip
@@ -161,7 +159,7 @@ class _Work:
             convolve_fwd(
                 self.space, self.dense, self.space, self.partial, self.statistics, self.opened, self.counters, jobs,
                 **self.second_shape, x_row=p.c, out_row=p.c, edge=p.slice, weight_row=p.c, edges=1, normalize=True,
-                training=self.training, block=BLOCK, moved=moved,
+                training=self.training, moved=moved,
             )  # fmt: skip
 
     @property
@@ -174,11 +172,12 @@ class _Work:
         terms, starts = p.node_terms(node)
         tensors = {
             "work_ptr": self.space, "state_ptr": self.space[p.state(node + 2, 0) :],
-            "out_ptr": out[:, node * p.k * p.c :], **self.normalizing, "coefficients_ptr": self.coefficients, "terms_ptr": terms, "starts_ptr": starts,
+            "out_ptr": out[:, node * p.k * p.c :], **self.normalizing, "coefficients_ptr": self.coefficients,
+            "terms_ptr": terms, "starts_ptr": starts,
         }  # fmt: skip
         moved = self.moved(lambda: p.m * p.c * (self.count_terms(node, True) + 2 * p.k))
         launch(
-            node_fwd_kernel, (pieces(p.m, BLOCK), p.k), tensors, moved, M=p.m, SLICE=p.slice, K=p.k,
+            node_fwd_kernel, (tuning.tiles(p.m), p.k), tensors, moved, M=p.m, SLICE=p.slice, K=p.k,
             OUT_ROW=out.shape[1], **self.block,
         )  # fmt: skip
 
@@ -248,8 +247,8 @@ class _Gradients:
         self.states = torch.empty(2 * p.k * p.slice_in, dtype=work.dtype, device=device)
         self.dx = torch.empty(p.k * p.slice, dtype=work.dtype, device=device)  # of convolutions that leave a node
         self.sums = torch.empty(p.sums, p.c, device=device)
-        self.parts = min(pieces(p.m, BLOCK), 64)
-        shares = max(p.counters * self.parts, 2 * p.edges * len(p.convolutions) * pieces(max(p.m, p.m_in), BLOCK))
+        self.parts = min(tuning.tiles(p.m), 64)
+        shares = max(p.counters * self.parts, 2 * p.edges * len(p.convolutions) * tuning.tiles(max(p.m, p.m_in)))
         self.partial = torch.empty(shares * p.c, device=device)
 
     @property
@@ -279,7 +278,7 @@ class _Gradients:
             "opened_ptr": work.opened, "jobs_ptr": job_table, "parts_ptr": part_table,
         }  # fmt: skip
         moved = work.moved(lambda: m * p.c * sum(2 + job[6] for job in jobs if work.open_on_host[job[4]]))
-        launch(draw_kernel, (pieces(m, BLOCK), len(jobs)), tensors, moved, M=m, TRAINING=work.training, **work.block)
+        launch(draw_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, TRAINING=work.training, **work.block)
 
     def group(self, group):
         """From the gradients of the nodes at the edges' ends to that of the group's states."""
@@ -290,8 +289,8 @@ class _Gradients:
             moved = work.moved(lambda: 3 * p.m * p.c * work.count_open(job[4] for job in jobs))
             convolve_dgrad(
                 self.raw, work.dense, work.space, self.raw, self.partial, self.sums, *work.normalizing.values(),
-                work.opened, work.counters, *tables, **work.second_shape, x_row=p.c, dx_row=p.c, d_row=p.c, edge=p.slice,
-                weight_row=p.c, edges=1, normalize=True, block=BLOCK, moved=moved,
+                work.opened, work.counters, *tables, **work.second_shape, x_row=p.c, dx_row=p.c, d_row=p.c,
+                edge=p.slice, weight_row=p.c, edges=1, normalize=True, moved=moved,
             )  # fmt: skip
             self.draw("first draw", group, lambda: p.first_draw_jobs(group), self.raw, p.m)
 
@@ -306,7 +305,7 @@ class _Gradients:
             convolve_dgrad(
                 self.raw, work.dense, work.space, dx, self.partial, self.sums, *work.normalizing.values(), work.opened,
                 work.counters, *tables, **work.shape(group), x_row=p.c, dx_row=p.c, d_row=p.c, edge=p.slice,
-                weight_row=p.c, edges=max(s[2] for s in segments), normalize=False, block=BLOCK,
+                weight_row=p.c, edges=max(s[2] for s in segments), normalize=False,
                 moved=work.moved(elements),
             )  # fmt: skip
         self.state(group, dx)
@@ -329,7 +328,7 @@ class _Gradients:
             return p.c * (3 * m * len(jobs) + p.m * (pools + len(through)))
 
         launch(
-            state_bwd_kernel, (pieces(m, BLOCK), len(jobs)), tensors, work.moved(elements), M=m, H=size[0], W=size[1],
+            state_bwd_kernel, (tuning.tiles(m), len(jobs)), tensors, work.moved(elements), M=m, H=size[0], W=size[1],
             OH=p.outer[0], OW=p.outer[1], SLICE=p.slice, D_OUT=(group[0] - 2) * p.k * p.c if is_node else 0,
             STRIDE=p.spec.stride(group[0]) if group[0] <= p.nodes else 1, K=p.k, IS_NODE=is_node,
             OUT_ROW=p.nodes * p.k * p.c, **work.block,
@@ -345,7 +344,7 @@ class _Gradients:
         convolve_dgrad(
             self.states, work.preprocess_weights(i), x, d_x, self.partial, self.sums, *work.normalizing.values(),
             work.opened, work.counters, jobs, segments, **p.preprocess_shape(i), x_row=x.shape[1], dx_row=x.shape[1],
-            d_row=p.c, edge=p.slice_in, weight_row=p.k * p.c, edges=p.k, normalize=False, block=BLOCK,
+            d_row=p.c, edge=p.slice_in, weight_row=p.k * p.c, edges=p.k, normalize=False,
             moved=work.moved(lambda: 2 * x.numel() + p.k * p.m_in * p.c),
         )  # fmt: skip
         return d_x

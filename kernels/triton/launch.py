@@ -6,10 +6,19 @@ from contextlib import contextmanager
 import torch
 import triton
 
+# A kernel that the launchers call. Sizes are not specialized on (divisible by 16 or not): that would compile each
+# kernel again for every size of map. Where a distance is known to be aligned, the kernel says so.
+kernel = triton.jit(
+    do_not_specialize=[
+        *("M", "H", "W", "OH", "OW", "EDGE", "DISTANCE", "SLICE", "D_OUT", "first", "ROWS", "LAST"),
+        *("COUNTERS", "EPSILON"),
+    ]
+)
+
 
 class Launches:
-    """What the launchers did: launches and bytes by kernel, for closed paths none. arguments: (kernel, tensors, the rest)
-    of each launch, for who wants to compile what would run."""
+    """What the launchers did: launches and bytes by kernel, for closed paths none. arguments: (kernel, tensors, the
+    rest) of each launch, for who wants to compile what would run."""
 
     def __init__(self):
         self.launches, self.bytes, self.arguments = Counter(), Counter(), []
@@ -32,14 +41,14 @@ def is_counting() -> bool:
     return bool(_counting)
 
 
-def launch(kernel, grid: tuple[int, ...], tensors: dict, moved: float, **arguments):
-    """kernel[grid](**tensors, **arguments), counted as one launch that moves that many bytes."""
+def launch(function, grid: tuple[int, ...], tensors: dict, moved: float, **arguments):
+    """function[grid](**tensors, **arguments), counted as one launch that moves that many bytes."""
     for counter in _counting:
-        counter.launches[kernel.fn.__name__] += 1
-        counter.bytes[kernel.fn.__name__] += moved
-        counter.arguments.append((kernel, tensors, arguments))
+        counter.launches[function.fn.__name__] += 1
+        counter.bytes[function.fn.__name__] += moved
+        counter.arguments.append((function, tensors, arguments))
     if next(iter(tensors.values())).device.type != "meta":
-        kernel[grid](**tensors, **arguments)
+        function[grid](**tensors, **arguments)
 
 
 def interpreted() -> bool:

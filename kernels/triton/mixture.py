@@ -1,9 +1,10 @@
 """Everything behind the last normalizations, which is linear: coefficients, node sums, and all of their backward.
 
-A cell's *workspace* holds states, raw outputs and pooled maps, each a matrix of C = C/K channels at an offset of its own.
-A *term* of a node is one of them: normalized by a row of the statistics (the last row leaves it as it is) and multiplied
-by a coefficient. Coefficients have a row for each edge, in source order, and a column for each operation and, after
-those, for each slice that passes as it is; the last coefficient of all is 1. A zero means that its term is not read.
+A cell's *workspace* holds states, raw outputs and pooled maps, each a matrix of one slice's channels, at an offset of
+its own. A *term* of a node is one of them: normalized by a row of the statistics (the last row leaves it as it is) and
+multiplied by a coefficient. Coefficients have a row for each edge, in source order, and a column for each operation
+and, after those, for each slice that passes as it is; the last coefficient of all is 1. A zero means that its term is
+not read.
 
 Node gradients are kept slice by slice, as they were before the shuffle.
 """
@@ -12,19 +13,21 @@ import triton
 import triton.language as tl
 
 from .convolution import position
+from .launch import kernel
 from .statistics import finishes_last, merge_sums
 
 
-@triton.jit
+@kernel
 def mix_fwd_kernel(
     alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr,
-    updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, EDGES, ROWS, LAST, COUNTERS, OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr, USES: tl.constexpr,
+    updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, EDGES, ROWS, LAST, COUNTERS,
+    OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, USES: tl.constexpr,
 ):  # fmt: skip
     """Grid (1 + blocks of the statistics' rows,). Program 0 makes the coefficients; the others say which rows are open:
-    those of which any of the gates that ``uses`` lists (-1: none, -2: always) is not 0. identity: by edge and slice, the
-    operation that is one, or -1. Every row of the statistics, and one behind the last, starts as what normalizes nothing,
-    and so stays where closed. Counters start as 0.
+    those of which any of the gates that ``uses`` lists (-1: none, -2: always) is not 0. identity: by edge and slice,
+    the operation that is one, or -1. Every row of the statistics, and one behind the last, starts as what normalizes
+    nothing, and so stays where closed. Counters start as 0.
     """
     c = tl.arange(0, P)
     if tl.program_id(0) == 0:
@@ -71,7 +74,7 @@ def mix_fwd_kernel(
         tl.store(variance_ptr + where, tl.zeros([BLOCK, P], tl.float32), mask=inside & mask[:, None])
 
 
-@triton.jit
+@kernel
 def mix_bwd_kernel(
     sums_ptr, alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, summed_ptr, d_alpha_ptr, d_beta_ptr,
     OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -115,15 +118,16 @@ def _normalized(pointer, rows, c, row, mask, mean_ptr, inverse_ptr, C: tl.conste
     return (value - mean[None, :]) * inverse[None, :]
 
 
-@triton.jit
+@kernel
 def node_fwd_kernel(
     work_ptr, state_ptr, out_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, M, SLICE,
     K: tl.constexpr, C: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, slices). Sums a slice's terms (offset, statistics row, coefficient) and stores them shuffled, channel
-    K*c + slice: in the state's slices, SLICE elements apart, and in the cell's output of rows of OUT_ROW channels.
+    """Grid (tiles, slices). Sums a slice's terms (offset, statistics row, coefficient) and stores them shuffled,
+    channel K*c + slice: in the state's slices, SLICE elements apart, and in the cell's output of rows of OUT_ROW
+    channels.
     """
-    s = tl.program_id(1)
+    s, SLICE = tl.program_id(1), tl.multiple_of(SLICE, 8)
     rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
     mask = (rows < M)[:, None] & (c < C)[None, :]
     total = tl.zeros([BLOCK, P], tl.float32)
@@ -142,7 +146,7 @@ def node_fwd_kernel(
     tl.store(out_ptr + (rows * OUT_ROW)[:, None] + channel[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def node_reduce_kernel(
     d_ptr, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, partial_ptr, sums_ptr, counters_ptr, entries_ptr, M,
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -171,14 +175,14 @@ def node_reduce_kernel(
         merge_sums(partial_ptr, sums_ptr + tl.load(entries_ptr + 4) * C, c, c < C, parts, C, 32)
 
 
-@triton.jit
+@kernel
 def draw_kernel(
     d_ptr, raw_ptr, out_ptr, mean_ptr, inverse_ptr, coefficients_ptr, sums_ptr, opened_ptr, jobs_ptr, parts_ptr, M,
     TRAINING: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Backward of normalizations. Grid (tiles, jobs). A job: raw offset, out offset, statistics row that normalizes raw,
-    row of the scale, instance, first part, parts. A part of the incoming gradient: d offset, coefficient, rows of the
-    sums of d and of d * normalized.
+    """Backward of normalizations. Grid (tiles, jobs). A job: raw offset, out offset, statistics row that normalizes
+    raw, row of the scale, instance, first part, parts. A part of the incoming gradient: d offset, coefficient, rows of
+    the sums of d and of d * normalized.
     """
     jobs_ptr += tl.program_id(1) * 7
     if tl.load(opened_ptr + tl.load(jobs_ptr + 4)) == 0:
@@ -207,15 +211,17 @@ def draw_kernel(
     tl.store(out + where, (gradient * inverse[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def state_bwd_kernel(
     d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, sums_ptr, coefficients_ptr,
-    opened_ptr, counters_ptr, jobs_ptr, poolings_ptr, through_ptr, M, H, W, OH, OW, SLICE, D_OUT, STRIDE: tl.constexpr, K: tl.constexpr,
-    C: tl.constexpr, IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    opened_ptr, counters_ptr, jobs_ptr, poolings_ptr, through_ptr, M, H, W, OH, OW, SLICE, D_OUT, STRIDE: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a state. Grid (tiles, jobs), a job a slice: dx offset (of the convolutions; -1: none), first
-    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, row of sums. Of a pooling: offset of its gradient, index offset, mode, instance. Of an edge: d offset, coefficient of what it
-    lets through.
+    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, row of sums. Of a
+    pooling: offset of its gradient, index offset, mode, instance. Of an edge: d offset, coefficient of what it lets
+    through.
 
     A node's gradient has the cell's output added, from d_out (rows of OUT_ROW, from D_OUT on), and is stored slice by
     slice as before the shuffle. An input state's is stored as it is, with sums[row], sums[row + 1] = sum, sum * state.
@@ -231,8 +237,8 @@ def state_bwd_kernel(
     if dx >= 0:
         total += tl.load(dx_ptr + tl.multiple_of(dx, 8) + where, mask=mask, other=0.0).to(tl.float32)
 
-    # where a pixel's share of what passes comes from, and of which channels; all are loaded, since a mask that depends on
-    # data would make loads narrow
+    # where a pixel's share of what passes comes from, and of which channels; all are loaded, since a mask that depends
+    # on data would make loads narrow
     over, chosen = where, mask
     if STRIDE == 2:
         over = (((n * OH + y // 2) * OW + x // 2).to(tl.int64) * C)[:, None] + c[None, :]
@@ -275,7 +281,7 @@ def state_bwd_kernel(
     if IS_NODE:
         channel = tl.load(jobs_ptr + 8).to(tl.int32) * C + c
         place = (rows.to(tl.int64) * OUT_ROW)[:, None] + channel[None, :]
-        total += tl.load(d_out_ptr + D_OUT + place, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(d_out_ptr + tl.multiple_of(D_OUT, 8) + place, mask=mask, other=0.0).to(tl.float32)
         place = (rows.to(tl.int64) * C)[:, None] + ((channel % K) * SLICE + channel // K)[None, :]
         tl.store(out + place, total.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -294,12 +300,12 @@ def state_bwd_kernel(
             merge_sums(partial_ptr + C, sums_ptr + C, c, c < C, tiles, 2 * C, 32)
 
 
-@triton.jit
+@kernel
 def normalize_fwd_kernel(
     raw_ptr, out_ptr, mean_ptr, inverse_ptr, M, SLICE, first, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Grid (tiles, instances): instance i, SLICE elements from the last one, by row first + i of the statistics."""
-    i = tl.program_id(1)
+    i, SLICE = tl.program_id(1), tl.multiple_of(SLICE, 8)
     rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
     mask = (rows < M)[:, None] & (c < C)[None, :]
     out = _normalized(raw_ptr + i.to(tl.int64) * SLICE, rows, c, first + i, mask, mean_ptr, inverse_ptr, C)

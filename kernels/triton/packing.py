@@ -1,10 +1,11 @@
 """A cell's packed weights, laid end to end, to the dense weights of its convolutions, and the gradients' way back."""
 
-import triton
 import triton.language as tl
 
+from .launch import kernel
 
-@triton.jit
+
+@kernel
 def expand_kernel(weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr):
     """Grid (jobs,), a stage of an edge each: depthwise offset, pointwise offset, taps, out offset.
     out[tap, i, o] = depthwise[tap, i] * pointwise[i, o].
@@ -20,11 +21,11 @@ def expand_kernel(weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constex
         tl.store(out_ptr + (tap * C + ci) * C + co, (depthwise * pointwise).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def contract_kernel(partial_ptr, weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr):
     """Grid (jobs,), a stage of an edge each: depthwise offset, pointwise offset, taps, partial offset, distance of its
-    parts, parts. The gradient of the dense weight, summed over the parts in order, becomes those of its two factors, which
-    lie in out as the weights do.
+    parts, parts. The gradient of the dense weight, summed over the parts in order, becomes those of its two factors,
+    which lie in out as the weights do.
     """
     jobs_ptr += tl.program_id(0) * 6
     at_depthwise, at_pointwise = tl.load(jobs_ptr), tl.load(jobs_ptr + 1)
@@ -46,11 +47,11 @@ def contract_kernel(partial_ptr, weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr
     tl.store(out_ptr + at_pointwise + ci * C + co, d_pointwise, mask=mask)
 
 
-@triton.jit
+@kernel
 def halves_kernel(weights_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr):
-    """The dense weights of factorized reductions. Grid (blocks, jobs): even offset, odd offset, out offset, rows, columns of
-    even, columns of both, edges. out[e, tap, row, column]: of tap 0 the first columns are even's, of tap 1 the last are
-    odd's, the others 0.
+    """The dense weights of factorized reductions. Grid (blocks, jobs): even offset, odd offset, out offset, rows,
+    columns of even, columns of both, edges. out[e, tap, row, column]: of tap 0 the first columns are even's, of tap 1
+    the last are odd's, the others 0.
     """
     jobs_ptr += tl.program_id(1) * 7
     rows, half, width = tl.load(jobs_ptr + 3), tl.load(jobs_ptr + 4), tl.load(jobs_ptr + 5)
@@ -65,11 +66,11 @@ def halves_kernel(weights_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.load(jobs_ptr + 2) + i, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def gather_kernel(partial_ptr, out_ptr, jobs_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of weights that are dense already. Grid (blocks, jobs): partial offset, distance of its parts, parts, out
-    offset, edges, rows, columns, tap, first column, distance of edges, distance of slices in partial.
-    out[e, row, column] = sum over parts of partial[e][slice][tap, row, channel], column = slice * C + channel.
+    """Gradients of weights that are dense already. Grid (blocks, jobs): partial offset, distance of its parts, parts,
+    out offset, edges, rows, columns, tap, first column, distance of edges, distance of slices in partial. out[e, row,
+    column] = sum over parts of partial[e][slice][tap, row, channel], column = slice * C + channel.
     """
     jobs_ptr += tl.program_id(1) * 11
     rows, columns = tl.load(jobs_ptr + 5), tl.load(jobs_ptr + 6)

@@ -12,7 +12,6 @@ from .packing import contract_kernel, expand_kernel, gather_kernel
 from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
 from .statistics import moments_kernel
 
-BLOCK = tuning.STATISTICS_BLOCK
 EDGES = 4  # of one job, as in a cell
 
 
@@ -65,8 +64,8 @@ class _Dense(torch.autograd.Function):
         none, opened = torch.empty(1, device=x.device), torch.ones(edges, dtype=torch.int32, device=x.device)
         weight = weight.contiguous()
         convolve_fwd(
-            x, weight, out, none, _no_statistics(x.device), opened, opened, _table(jobs, x.device), **shape, x_row=x_row,
-            out_row=edges * c, edge=c, weight_row=c, edges=step, normalize=False, training=False, block=BLOCK,
+            x, weight, out, none, _no_statistics(x.device), opened, opened, _table(jobs, x.device), **shape,
+            x_row=x_row, out_row=edges * c, edge=c, weight_row=c, edges=step, normalize=False, training=False,
             moved=(x.numel() + out.numel()) * x.element_size(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, opened)
@@ -90,8 +89,8 @@ class _Dense(torch.autograd.Function):
             segments = [[e * c, e, min(step, edges - e), e * each, each, *geometry] for e in firsts]
             jobs = [[e * c_in, e * c_in, e, 1, 0, 0] for e in firsts] if own else [[0, 0, 0, len(segments), 0, 0]]
             convolve_dgrad(
-                d, weight, x, d_x, none, none, none, none, opened, opened, _table(jobs, x.device), _table(segments, x.device),
-                **ctx.shape, **common, dx_row=x.shape[1], weight_row=c, block=BLOCK,
+                d, weight, x, d_x, none, none, none, none, opened, opened, _table(jobs, x.device), _table(segments,
+                x.device), **ctx.shape, **common, dx_row=x.shape[1], weight_row=c,
                 moved=(d.numel() + 2 * x.numel()) * x.element_size(),
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
@@ -100,8 +99,8 @@ class _Dense(torch.autograd.Function):
             parts = wgrad_parts(n * out_size[0] * out_size[1], c_in, c, step, taps, len(jobs))
             partial = torch.empty(parts, edges * each, device=x.device)
             convolve_wgrad(
-                d, x, partial, none, none, opened, _table(jobs, x.device), **ctx.shape, **common, taps=taps, parts=parts,
-                distance=edges * each, moved=(d.numel() + x.numel()) * x.element_size() + partial.nbytes,
+                d, x, partial, none, none, opened, _table(jobs, x.device), **ctx.shape, **common, taps=taps,
+                parts=parts, distance=edges * each, moved=(d.numel() + x.numel()) * x.element_size() + partial.nbytes,
             )  # fmt: skip
             d_weight = torch.empty_like(weight)
             job = [0, edges * each, parts, 0, 1, edges * taps * c_in, c, 0, 0, 0, 0]
@@ -171,9 +170,9 @@ class _Pooling(torch.autograd.Function):
             "opened_ptr": opened, "counters_ptr": opened, "jobs_ptr": _table([[0, 0, 0, mode, -1]], x.device),
         }  # fmt: skip
         launch(
-            pool_fwd_kernel, (pieces(m, BLOCK), 1), tensors, (x.numel() + out.numel()) * x.element_size(), M=m,
-            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row, OUT_ROW=c, C=c,
-            STATISTICS=False, P=padded(c), BLOCK=BLOCK,
+            pool_fwd_kernel, (tuning.tiles(m), 1), tensors, (x.numel() + out.numel()) * x.element_size(), M=m,
+            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row,
+            OUT_ROW=c, C=c, STATISTICS=False, P=padded(c), BLOCK=tuning.block(),
         )  # fmt: skip
         ctx.save_for_backward(index, opened)
         ctx.mode, ctx.stride, ctx.shape = mode, stride, x.shape
@@ -187,7 +186,7 @@ class _Pooling(torch.autograd.Function):
         d = d.contiguous(memory_format=torch.channels_last)
         d_x, m = _new(n, c, size, d), n * size[0] * size[1]
         zeros = torch.zeros(1, device=d.device)
-        partial, sums = torch.empty(pieces(m, BLOCK) * 2 * c, device=d.device), torch.empty(2, c, device=d.device)
+        partial, sums = torch.empty(tuning.tiles(m) * 2 * c, device=d.device), torch.empty(2, c, device=d.device)
         tables = [[[-1, 0, 1, 0, 0, 0, 0, 0, 0, 0]], [[0, 0, ctx.mode, 0]], [[0, 0]]]
         jobs, poolings, through = (_table(rows, d.device) for rows in tables)
         tensors = {
@@ -196,9 +195,9 @@ class _Pooling(torch.autograd.Function):
             "counters_ptr": _counters(d.device), "jobs_ptr": jobs, "poolings_ptr": poolings, "through_ptr": through,
         }  # fmt: skip
         launch(
-            state_bwd_kernel, (pieces(m, BLOCK), 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), M=m,
+            state_bwd_kernel, (tuning.tiles(m), 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), M=m,
             H=size[0], W=size[1], OH=d.shape[2], OW=d.shape[3], SLICE=0, D_OUT=0, STRIDE=ctx.stride, K=1, C=c,
-            IS_NODE=False, OUT_ROW=c, P=padded(c), BLOCK=BLOCK,
+            IS_NODE=False, OUT_ROW=c, P=padded(c), BLOCK=tuning.block(),
         )  # fmt: skip
         return d_x, None, None
 
@@ -217,12 +216,22 @@ class _Normalize(torch.autograd.Function):
         table, scales = torch.empty(2, c, device=device), torch.empty(2, c, device=device)
         ctx.training = mean is None
         if ctx.training:
-            partial, variance = torch.empty(pieces(m, BLOCK) * 2 * c, device=device), torch.empty(1, c, device=device)
+            partial, variance = torch.empty(tuning.tiles(m) * 2 * c, device=device), torch.empty(1, c, device=device)
             tensors = {
-                "x_ptr": raw, "partial_ptr": partial, "mean_ptr": table, "inverse_ptr": scales, "variance_ptr": variance,
+                "x_ptr": raw, "partial_ptr": partial, "mean_ptr": table, "inverse_ptr": scales, "variance_ptr":
+                variance,
                 "counter_ptr": _counters(device),
             }  # fmt: skip
-            launch(moments_kernel, (pieces(m, BLOCK),), tensors, raw.nbytes, M=m, EPSILON=EPSILON, BLOCK=BLOCK, **block)
+            launch(
+                moments_kernel,
+                (tuning.tiles(m),),
+                tensors,
+                raw.nbytes,
+                M=m,
+                EPSILON=EPSILON,
+                BLOCK=tuning.block(),
+                **block,
+            )
             variance = variance[0]
         else:
             table[0], scales[0] = mean, (variance + EPSILON).rsqrt()
@@ -231,8 +240,8 @@ class _Normalize(torch.autograd.Function):
         out = torch.empty_like(raw)
         tensors = {"raw_ptr": raw, "out_ptr": out, "mean_ptr": table, "inverse_ptr": scales}
         launch(
-            normalize_fwd_kernel, (pieces(m, BLOCK), 1), tensors, 2 * raw.nbytes, M=m, SLICE=0, first=1, BLOCK=BLOCK,
-            **block,
+            normalize_fwd_kernel, (tuning.tiles(m), 1), tensors, 2 * raw.nbytes, M=m, SLICE=0, first=1,
+            BLOCK=tuning.block(), **block,
         )  # fmt: skip
         ctx.save_for_backward(raw, table, scales)
         ctx.has_weight = weight is not None
@@ -247,10 +256,10 @@ class _Normalize(torch.autograd.Function):
         n, c, h, w = raw.shape
         m, device = n * h * w, raw.device
         d = d.contiguous(memory_format=torch.channels_last)
-        block = {"C": c, "P": padded(c), "BLOCK": BLOCK}
+        block = {"C": c, "P": padded(c), "BLOCK": tuning.block()}
         one, opened = torch.ones(1, device=device), torch.ones(1, dtype=torch.int32, device=device)
         entries = _table([[0, -1, 0, 0, 0], [0, 0, 0, 0, 1]], device)
-        parts = min(pieces(m, BLOCK), 64)
+        parts = min(tuning.tiles(m), 64)
         partial, sums = torch.empty(2 * parts * c, device=device), torch.empty(2, c, device=device)
         tensors = {
             "d_ptr": d, "work_ptr": raw, "mean_ptr": table, "inverse_ptr": scales, "coefficients_ptr": one,
@@ -263,7 +272,7 @@ class _Normalize(torch.autograd.Function):
             "coefficients_ptr": one, "sums_ptr": sums, "opened_ptr": opened,
             "jobs_ptr": _table([[0, 0, 0, 1, 0, 0, 1]], device), "parts_ptr": _table([[0, 0, 0, 1]], device),
         }  # fmt: skip
-        launch(draw_kernel, (pieces(m, BLOCK), 1), tensors, 3 * raw.nbytes, M=m, TRAINING=ctx.training, **block)
+        launch(draw_kernel, (tuning.tiles(m), 1), tensors, 3 * raw.nbytes, M=m, TRAINING=ctx.training, **block)
         return d_raw, sums[1] if ctx.has_weight else None, None, None
 
 
@@ -294,8 +303,8 @@ class _Node(torch.autograd.Function):
             "terms_ptr": _table(table, device), "starts_ptr": _table(starts, device),
         }  # fmt: skip
         launch(
-            node_fwd_kernel, (pieces(m, BLOCK), k), tensors, sum(t.nbytes for t in terms) + 2 * out.nbytes, M=m,
-            SLICE=m * c, K=k, OUT_ROW=k * c, C=c, P=padded(c), BLOCK=BLOCK,
+            node_fwd_kernel, (tuning.tiles(m), k), tensors, sum(t.nbytes for t in terms) + 2 * out.nbytes, M=m,
+            SLICE=m * c, K=k, OUT_ROW=k * c, C=c, P=padded(c), BLOCK=tuning.block(),
         )  # fmt: skip
         ctx.save_for_backward(coefficients, *terms)
         ctx.sizes = sizes

@@ -125,8 +125,8 @@ class Plan:
 
     @cached_property
     def weight_gradients(self):
-        """The launches that weight gradients take: [(which, sources, parts, distance of parts, offset in the buffer)], and
-        the buffer's size."""
+        """The launches that weight gradients take: [(which, sources, parts, distance of parts, offset in the buffer)],
+        and the buffer's size."""
         launches, end = [], 0
 
         def add(which, sources, jobs, edges, taps, distance, m, c_in):
@@ -347,8 +347,8 @@ class Plan:
                     weight_edge = v.taps * self.c * self.c
                     first = v.first + rows.start
                     jobs.append([
-                        self.state(source, v.path), self.dense_at[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
-                        first, self.raw(first), len(rows), 0,
+                        self.state(source, v.path), self.dense_at[v.name] + rows.start * weight_edge, weight_edge,
+                        *v.geometry, first, self.raw(first), len(rows), 0,
                     ])  # fmt: skip
         return jobs
 
@@ -397,7 +397,8 @@ class Plan:
         )
 
     def terms(self, node: int):
-        """Of each slice of a node: (offset, statistics row, coefficient); the row behind all others is no normalization."""
+        """Of each slice of a node: (offset, statistics row, coefficient); the row behind all others is no
+        normalization."""
         slices = [[] for _ in range(self.k)]
         for row in range(self.edges):
             if self.node_of(row) == node:
@@ -497,7 +498,8 @@ class Plan:
         return jobs, segments
 
     def first_stage_dgrad_jobs(self, group):
-        """A job a slice that any convolution reads: (jobs, segments). Gradients lie source by source, slice by slice."""
+        """A job a slice that any convolution reads: (jobs, segments). Gradients lie source by source, slice by
+        slice."""
         jobs, segments = [], []
         for source in group:
             rows = self.spec.rows_by_source[source]
@@ -521,7 +523,8 @@ class Plan:
         return (group.index(source) * self.k + s) * (self.slice_in if source < 2 else self.slice)
 
     def state_jobs(self, group):
-        """The gradient of states, a job a slice: (jobs, poolings, edges). No edge leaves the last node, (nodes + 1,)."""
+        """The gradient of states, a job a slice: (jobs, poolings, edges). No edge leaves the last node, (nodes +
+        1,)."""
         jobs, poolings, through = [], [], []
         for source in group:
             rows = self.spec.rows_by_source[source] if source <= self.nodes else range(0)

@@ -1,15 +1,15 @@
 """3x3 poolings and the 2x2 maxima of the bypass, forward; their backward is part of the state's gradient (node.py)."""
 
-import triton
 import triton.language as tl
 
 from .convolution import position
+from .launch import kernel
 from .statistics import finishes_last, merge_statistics
 
 MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
 
 
-@triton.jit
+@kernel
 def pool_fwd_kernel(
     x_ptr, out_ptr, index_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr, M,
     H, W, OH, OW, EPSILON, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr,

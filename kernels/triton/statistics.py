@@ -1,9 +1,11 @@
-"""Batch statistics and other sums over all rows of a map: every program leaves its share, and the last one to finish adds
-them up, always in the same order. So no sum needs a launch of its own, and two runs give the same bits.
+"""Batch statistics and other sums over all rows of a map: every program leaves its share, and the last one to finish
+adds them up, always in the same order. So no sum needs a launch of its own, and two runs give the same bits.
 """
 
 import triton
 import triton.language as tl
+
+from .launch import kernel
 
 
 @triton.jit
@@ -22,8 +24,8 @@ def merge_statistics(
     partial_ptr, mean_ptr, inverse_ptr, variance_ptr, instance, c, mask, M, tiles, EPSILON, C: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chan's merge of (sum, squares about its own mean) of tiles of TILE rows, for channel c of an instance, columns of a
-    block: mean, 1 / sqrt(variance + epsilon) and the unbiased variance."""
+    """Chan's merge of (sum, squares about its own mean) of tiles of TILE rows, for channel c of an instance, columns of
+    a block: mean, 1 / sqrt(variance + epsilon) and the unbiased variance."""
     partial_ptr += instance.to(tl.int64) * (tiles * 2 * C) + c
     sums = tl.zeros([c.shape[0]], tl.float32)
     for start in range(0, tiles, BLOCK):
@@ -59,7 +61,7 @@ def merge_sums(partial_ptr, sums_ptr, c, mask, parts, stride, BLOCK: tl.constexp
     tl.store(sums_ptr + c, total, mask=mask)
 
 
-@triton.jit
+@kernel
 def moments_kernel(
     x_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, counter_ptr, M, EPSILON, C: tl.constexpr, P: tl.constexpr,
     BLOCK: tl.constexpr,

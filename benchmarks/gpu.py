@@ -1,0 +1,356 @@
+"""Everything that a machine with an NVIDIA GPU is asked, in one script: is it right, how fast, and does it search?
+
+    python -m benchmarks.gpu --out DIR [--data CIFAR-10] [--minutes 10] [--parts check-fp32,steps-bf16] [--dry-run]
+
+Needs torch, triton, numpy and pillow, nothing else, and fetches nothing; it runs from the root of a checkout that need
+not be installed. Each part runs in a process of its own, with a time limit, and leaves DIR/<part>.json before the next
+one begins; one that is there already is not run again, so that a second call goes on where time ran out. The summary is
+printed last, and DIR/gpu.json holds everything.
+
+--data: a CIFAR-10 archive's folder, an image folder, or a .tar of one. --dry-run: the whole way on the CPU, in Triton's
+interpreter, with tiny shapes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+# part -> seconds it may take. In this order: what is most needed comes first.
+PARTS = {
+    "environment": 120,
+    "check-fp32": 240,
+    "check-bf16": 240,
+    "steps-bf16": 420,
+    "kernels": 180,
+    "steps-fp32": 420,
+    "tuning": 480,
+    "compiled": 540,
+    "search": 420,
+    "retrain": 540,
+}
+SKIPPED = ("compiled",)  # unless asked for: torch.compile takes minutes
+
+
+def environment(options):
+    import torch
+
+    from benchmarks import report
+    from benchmarks.limits import measure
+
+    limits = {}
+    for dtype in ("float32", "bfloat16"):
+        torch.set_float32_matmul_precision("high")
+        limits[dtype] = measure(options.device, getattr(torch, dtype), rounds=2 if options.dry_run else 8).as_dict()
+    memory = torch.cuda.get_device_properties(0).total_memory if options.device == "cuda" else None
+    return {**report.environment(options.device), "limits": limits, "device_memory": memory}
+
+
+def check(options, amp):
+    from fpdarts import check as checking
+
+    if options.dry_run:
+        checking.SHAPES = (checking.Shape(4, 2, 4),)
+        checking.STEP_BATCH, checking.STEP_CHANNELS, checking.STEP_CELLS, checking.STEP_SIZE = 2, 4, 1, 4
+        wanted = ("stage dil_conv_3x3, stride 1", "node", "normalize")
+        everything = checking.operations()
+        checking.operations = lambda: {name: everything[name] for name in wanted}
+    return checking.check_kernels("triton", options.device, amp)
+
+
+def _setting(options, **given):
+    from benchmarks.cases import Setting
+
+    tiny = dict(batch_size=2, init_channels=4, cells=1, image_size=4) if options.dry_run else dict(batch_size=256)
+    return Setting(**(tiny | given), device=options.device)
+
+
+def _compared(options, names, precision, whats=("search-step", "arch-step")):
+    """Every side against the first, each in both kinds of step; a side that fails leaves its message."""
+    import torch
+
+    from benchmarks.compare import compare
+    from benchmarks.limits import measure
+
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision == "high"
+    dtype = torch.bfloat16 if "bf16" in names[0] else torch.float32
+    limits = measure(options.device, dtype, rounds=2 if options.dry_run else 8)
+    results = {}
+    for what in whats:
+        for gates in ("both", "step") if what == "search-step" else ("both",):
+            # under a graph the reference side of the check runs eagerly, so every side can be checked against it
+            for other in names[1:] or names[:1]:
+                key = f"{what}, {gates}, {names[0]} against {other}"
+                try:
+                    pair = list(dict.fromkeys((names[0], other)))
+                    rounds = 1 if options.dry_run else 20
+                    results[key] = compare(
+                        what, pair, _setting(options, gates=gates), rounds, not options.dry_run, limits
+                    )
+                except Exception as error:  # one side out of memory is not to hide the others
+                    results[key] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+                print(key, _brief(results[key]), flush=True)
+    return results
+
+
+def _brief(result):
+    if "error" in result:
+        return result["error"][:200]
+    told = []
+    for side, seconds in result["seconds"].items():
+        memory = result["peak_memory"][side]
+        told.append(
+            f"{side} {seconds['median'] * 1e3:.2f} ms ({seconds['share_of_limit']:.0%} of the limit"
+            + (f", {memory / 1e9:.2f} GB)" if memory else ")")
+        )
+    return "; ".join(told) + "".join(f"; {r['median']:.1f}x over {name}" for name, r in result["ratio"].items())
+
+
+def steps(options, precision, bf16):
+    mark, graph = "+bf16" if bf16 else "", "" if options.dry_run else "+graph"
+    names = [f"triton{mark}{graph}", f"triton{mark}", f"eager{mark}", f"channels_last{mark}", f"eager{mark}+graph"]
+    if options.dry_run:
+        names = ["triton", "eager"]
+    return _compared(options, names, precision)
+
+
+def compiled(options):
+    graph = "" if options.dry_run else "+bf16+graph"
+    return _compared(options, [f"triton{graph}", "compile+bf16"], "high", ("search-step",))
+
+
+def kernels(options):
+    """Device time of every kernel in one weight step and one architecture step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.cases import build
+    from benchmarks.sides import Side
+
+    torch.set_float32_matmul_precision("high")
+    found = {}
+    for what in ("search-step", "arch-step"):
+        case = build(what, Side("triton", bf16=not options.dry_run), _setting(options))
+        for i in range(1 if options.dry_run else 3):
+            case.step(i)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device == "cuda")
+        with profile(activities=activities) as profiled:
+            case.step(3)
+        rows = []
+        for event in profiled.key_averages():
+            seconds = getattr(event, "self_device_time_total", 0) / 1e6
+            if seconds > 0:
+                rows.append({"kernel": event.key[:90], "calls": event.count, "seconds": seconds})
+        rows.sort(key=lambda row: -row["seconds"])
+        found[what] = {"seconds": sum(row["seconds"] for row in rows), "kernels": rows}
+        for row in rows[:25]:
+            print(f"{what} {row['seconds'] * 1e6:9.1f} us {row['calls']:5d} {row['kernel']}", flush=True)
+    return found
+
+
+def tuning(options):
+    """One quantity of the block shapes at a time: the time of a cell, forward and backward, of each third."""
+    import torch
+    from fpdarts.kernels.triton import tuning as tables
+
+    from benchmarks.cases import Setting, build
+    from benchmarks.limits import timed
+    from benchmarks.sides import Side
+
+    torch.set_float32_matmul_precision("high")
+    shapes = ((4, 4),) if options.dry_run else ((16, 32), (32, 16), (64, 8))
+    rounds, results = (1, 10)[not options.dry_run], []
+    for channels, size in shapes:
+        setting = Setting(2 if options.dry_run else 256, channels, image_size=size, device=options.device)
+        best = dict(tables.KNOBS)
+        for knob, values in tables.CANDIDATES.items():
+            times = {}
+            for value in values[:1] if options.dry_run else values:
+                tables.KNOBS.update(best | {knob: value})
+                try:
+                    case = build("cell", Side("triton", bf16=not options.dry_run), setting)
+                    case.step(0)
+                    times[str(value)] = min(timed(lambda: case.step(0), options.device) for _ in range(rounds))
+                except Exception as error:  # a shape that the chip cannot hold
+                    times[str(value)] = None
+                    print(f"{channels} {knob}={value}: {type(error).__name__}", flush=True)
+            measured = {value: times[str(value)] for value in values if times.get(str(value)) is not None}
+            best[knob] = min(measured, key=measured.get, default=best[knob])
+            results.append({"channels": channels, "size": size, "knob": knob, "seconds": times, "best": best[knob]})
+            print(f"C={channels} {knob}: {times} -> {best[knob]}", flush=True)
+    return {"rows": results}
+
+
+def _data(options) -> str:
+    if options.dry_run:
+        return "digits"
+    path = Path(options.data)
+    if path.suffix in (".tar", ".gz", ".tgz"):
+        target = Path(options.out) / "data"
+        if not target.exists():
+            with tarfile.open(path) as archive:
+                archive.extractall(target, filter="data")
+        inside = [entry for entry in target.iterdir() if entry.is_dir()]
+        path = inside[0] if len(inside) == 1 else target
+    return str(path)
+
+
+def search(options):
+    """The protocol's search, validated in its last epoch only."""
+    from fpdarts.config import SearchConfig
+    from fpdarts.search import search as run
+
+    tiny = dict(epochs=1, init_channels=4, cells=3, nodes=1, batch_size=6, limit=24, architecture_from=0)
+    config = SearchConfig(
+        data=_data(options), out=str(Path(options.out) / "search-run"), kernels="triton", device=options.device,
+        validate_every=1000, resume=(Path(options.out) / "search-run" / "config.json").exists(),
+        **(tiny if options.dry_run else {}),
+    )  # fmt: skip
+    start = time.perf_counter()
+    result = run(config)
+    seconds = time.perf_counter() - start
+    metrics = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    epochs = [{key: row[key] for key in ("epoch", "seconds", "train_loss", "train_accuracy")} for row in metrics]
+    print(f"search: {seconds:.1f} s with data and checkpoints, epochs alone {sum(e['seconds'] for e in epochs):.1f} s")
+    return {"seconds": seconds, "epoch_seconds": sum(e["seconds"] for e in epochs), "epochs": epochs, "result": result}
+
+
+def retrain(options):
+    """The found genotype, for as many epochs as fit."""
+    from fpdarts.config import RetrainConfig
+    from fpdarts.retrain import retrain as run
+
+    found = Path(options.out) / "search-run" / "genotype.json"
+    genotype = str(found) if found.exists() else "PC_DARTS_cifar"
+    tiny = dict(init_channels=4, cells=3, limit=40, batch_size=10)
+
+    def epochs(count, name):
+        start = time.perf_counter()
+        config = RetrainConfig(
+            data=_data(options), out=str(Path(options.out) / name), genotype=genotype, device=options.device,
+            epochs=count, **(tiny if options.dry_run else {}),
+        )  # fmt: skip
+        result = run(config)
+        rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+        return time.perf_counter() - start, [row["seconds"] for row in rows], result
+
+    began = time.perf_counter()
+    _, seconds, _ = epochs(2, f"retrain-probe-{int(time.time())}")
+    left = options.seconds - (time.perf_counter() - began) - 40
+    count = 1 if options.dry_run else max(1, min(600, int(left / seconds[-1])))
+    total, seconds, result = epochs(count, f"retrain-run-{int(time.time())}")
+    print(f"retrain: {count} epochs in {total:.1f} s, test accuracy {result['test_accuracy']:.2%}")
+    return {"epochs": count, "seconds": total, "epoch_seconds": seconds, "genotype": genotype, "result": result}
+
+
+WORK = {
+    "environment": environment,
+    "check-fp32": lambda options: check(options, "off"),
+    "check-bf16": lambda options: check(options, "off" if options.dry_run else "bf16"),
+    "steps-bf16": lambda options: steps(options, "high", True),
+    "steps-fp32": lambda options: steps(options, "high", False),
+    "kernels": kernels,
+    "tuning": tuning,
+    "compiled": compiled,
+    "search": search,
+    "retrain": retrain,
+}
+
+
+def _run_part(part, options, out, left) -> dict:
+    """In a process of its own: what a kernel can do to a process is not to reach the other parts."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--only", part, "--seconds", f"{left:.0f}"]
+    command += ["--data", options.data] * bool(options.data) + ["--dry-run"] * options.dry_run
+    variables = {**os.environ, "TRITON_INTERPRET": "1"} if options.dry_run else dict(os.environ)
+    log, start = out / f"{part}.log", time.perf_counter()
+    with log.open("w") as stream:
+        try:
+            code = subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=variables, timeout=left
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = "timed out"
+    tail = log.read_text().splitlines()
+    print(f"== {part}: {'done' if code == 0 else code} in {time.perf_counter() - start:.0f} s", flush=True)
+    print("\n".join(tail[-40:] if code == 0 else tail[-25:]), flush=True)
+    return {"code": code, "seconds": time.perf_counter() - start}
+
+
+def main(options):
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.only:
+        result = WORK[options.only](options)
+        target = out / f"{options.only}.json"
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        partial.replace(target)
+        return 0
+    deadline, ran = time.perf_counter() + 60 * options.minutes, {}
+    parts = options.parts.split(",") if options.parts else [part for part in PARTS if part not in SKIPPED]
+    for part in parts:
+        if part not in PARTS:
+            sys.exit(f"benchmarks.gpu: unknown part {part!r}; the parts are {', '.join(PARTS)}")
+        if part in ("search", "retrain") and not (options.data or options.dry_run):
+            print(f"== {part}: skipped, it needs --data")
+            continue
+        left = min(PARTS[part], deadline - time.perf_counter())
+        if (out / f"{part}.json").exists():
+            print(f"== {part}: done before")
+        elif left < 20:
+            print(f"== {part}: no time left")
+        else:
+            ran[part] = _run_part(part, options, out, left)
+    found = {part: json.loads((out / f"{part}.json").read_text()) for part in PARTS if (out / f"{part}.json").exists()}
+    (out / "gpu.json").write_text(json.dumps(found | {"ran": ran}, indent=1) + "\n")
+    _summary(found)
+    return 0 if all(part["code"] == 0 for part in ran.values()) else 1
+
+
+def _summary(found):
+    print("== summary")
+    for part, result in found.items():
+        if part == "environment":
+            peak = {name: f"{limit['flops_per_second'] / 1e12:.0f} TFLOP/s" for name, limit in result["limits"].items()}
+            bandwidth = result["limits"]["float32"]["bytes_per_second"] / 1e9
+            print(f"{result['machine']['gpu']}, {result['versions']}, {peak}, copy {bandwidth:.0f} GB/s")
+        elif part.startswith("check"):
+            wrong = [row["operation"] for row in result["rows"] if not row["passed"]]
+            print(f"{part}: {'passed' if result['passed'] else 'WRONG: ' + ', '.join(wrong)}")
+        elif part.startswith("steps") or part == "compiled":
+            for key, value in result.items():
+                print(f"{key}: {_brief(value)}")
+        elif part == "kernels":
+            print(", ".join(f"{what}: {rows['seconds'] * 1e3:.2f} ms in kernels" for what, rows in result.items()))
+        elif part == "search":
+            print(
+                f"search: {result['epoch_seconds']:.1f} s of epochs, {result['seconds']:.1f} s in all", result["result"]
+            )
+        elif part == "retrain":
+            accuracy = result["result"]["test_accuracy"]
+            print(f"retrain: {result['epochs']} epochs, {accuracy:.2%}, {min(result['epoch_seconds']):.2f} s an epoch")
+
+
+def _options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--parts", help="comma between them; without, all but " + ", ".join(SKIPPED))
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--only", choices=WORK, help="this part, in this process")
+    parser.add_argument("--seconds", type=float, default=540, help="with --only: what is left")
+    options = parser.parse_args()
+    options.device = "cpu" if options.dry_run else "cuda"
+    return options
+
+
+if __name__ == "__main__":
+    import fpdarts  # noqa: F401  finds fpdarts.kernels in a checkout
+
+    sys.exit(main(_options()))

@@ -1,0 +1,75 @@
+"""A training step as a CUDA graph: captured once for each batch size, then replayed by a single launch."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class GraphedStep:
+    """Calls ``step``, a function of tensors that returns tensors; after some eager calls it replays a graph instead.
+
+    step: reads, besides its arguments, only what stays at its place in memory: parameters, optimizer state, a learning
+        rate that is a tensor. It waits for nothing on the device. Its eager calls are real ones: nothing is repeated or
+        undone, so that training is the same with and without graphs.
+    pool: memory that several graphs share, which never run at the same time.
+
+    Arguments are copied to where the graph reads them, and results from where it leaves them.
+    """
+
+    WARM_UP = 2  # calls of each batch size: kernels are compiled and chosen, optimizers make their state
+
+    def __init__(self, step: Callable[..., tuple[Tensor, ...]], pool=None):
+        self._step, self._pool = step, pool
+        self._calls, self._captured = Counter(), {}
+        self._stream = torch.cuda.Stream()  # capture needs one that is not the default
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        shapes = tuple(argument.shape for argument in arguments)
+        if shapes not in self._captured:
+            self._calls[shapes] += 1
+            if self._calls[shapes] <= self.WARM_UP:
+                return self._eagerly(arguments)
+            self._captured[shapes] = self._capture(arguments)
+        graph, inputs, results = self._captured[shapes]
+        for place, argument in zip(inputs, arguments):
+            place.copy_(argument, non_blocking=True)
+        graph.replay()
+        return tuple(result.clone() for result in results)
+
+    def _eagerly(self, arguments):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            results = self._step(*arguments)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return results
+
+    def _capture(self, arguments):
+        inputs = [argument.clone() for argument in arguments]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            results = self._step(*inputs)
+        return graph, inputs, results
+
+
+def prepare_optimizer(optimizer: torch.optim.Optimizer, device: torch.device):
+    """One that a graph can hold, on CUDA: fused, its learning rate a tensor there. Elsewhere plain numbers.
+
+    To be called again when a state was loaded, which may come from another device.
+    """
+    cuda = device.type == "cuda"
+    for group in optimizer.param_groups:
+        group["fused"] = True if cuda else None
+        group["lr"] = torch.as_tensor(float(group["lr"]), device=device) if cuda else float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = cuda
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float):
+    """In its place, where a graph may read it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
