@@ -42,3 +42,40 @@ def test_launches_and_bytes_of_a_step():
     assert 0.65 < drawn["weight_step"]["total"]["bytes"] / step["total"]["bytes"] < 0.85
     assert drawn["weight_step"]["total"]["launches"] == step["total"]["launches"]
     assert both["architecture_step"]["total"]["bytes"] < step["total"]["bytes"]
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there():
+    from benchmarks import aot
+
+    options = aot.Options(
+        arch=(90,), dtypes=("bfloat16",), searches=("cifar",), partial=(2,), kernels=("draw", "node_reduce"), jobs=1
+    )
+    result = aot.main(options)
+    assert {row["kernel"] for row in result["rows"]} == {"draw_kernel", "node_reduce_kernel"}
+    assert result["passed"], aot.show(result)
+    assert all(row["widest_load"] == 128 for row in result["rows"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu():
+    from fpdarts.check import check_kernels
+
+    assert check_kernels("triton", "cuda")["passed"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_search_is_the_same_with_and_without_graphs(tmp_path):
+    import json
+
+    from fpdarts.config import SearchConfig
+    from fpdarts.search import search
+
+    rows = []
+    for graphs in (True, False):
+        out = tmp_path / str(graphs)
+        tiny = dict(init_channels=4, cells=3, epochs=3, limit=200, batch_size=32, architecture_from=1)
+        search(SearchConfig(out=str(out), kernels="triton", device="cuda", cuda_graphs=graphs, **tiny))
+        rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for with_graphs, without in zip(*rows):
+        assert with_graphs["train_loss"] == without["train_loss"]
+        assert with_graphs["alpha_normal"] == without["alpha_normal"]

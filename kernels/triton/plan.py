@@ -137,7 +137,7 @@ class Plan:
 
         strided = tuple(source for source in (0, 1) if self.strided)
         plain = tuple(source for source in range(self.nodes + 1) if source not in strided)
-        for stage, groups in ((0, (strided, plain)), (1, (plain,))):
+        for stage, groups in ((0, (strided, plain)), (1, (strided + plain,))):
             for sources in filter(None, groups):
                 jobs = self.second_stage_wgrad_jobs() if stage else self.first_stage_wgrad_jobs(sources)
                 if jobs:
