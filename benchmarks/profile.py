@@ -58,10 +58,16 @@ def profile(side: Side, setting: Setting, dtype=torch.float32, bandwidth=3e12, p
     config = search_config(setting, side)
     with torch.device("cpu"):
         model = search_model(replace(setting, device="cpu"), side, config)
-    model = model.to("meta", dtype)
+    model = model.to("meta")
+    # mixed precision: a back end of our own keeps weights in float32 and casts them itself
+    own = hasattr(kernels.backend(side.kernels, "meta"), "counting")
+    for module in (model.stem, model.classifier) if own else (model,):
+        module.to(dtype)
     sampler = GateSampler(setting.cells, 14, mode=setting.gates)
     gates = sampler.sample()
     weight_optimizer, architect = optimizers(config, model, torch.device("meta"))
+    for optimizer in (weight_optimizer, architect.optimizer):
+        optimizer.param_groups[0]["foreach"] = True  # as on CUDA: all tensors at once
     images = torch.empty(setting.batch_size, 3, setting.image_size, setting.image_size, device="meta", dtype=dtype)
     labels = torch.empty(setting.batch_size, dtype=torch.long, device="meta")
 
@@ -84,8 +90,9 @@ def profile(side: Side, setting: Setting, dtype=torch.float32, bandwidth=3e12, p
         for parameter, gradient in zip(trained, gradients):
             parameter.grad = gradient
         with counting() as update:
-            if clip:
-                torch.nn.utils.clip_grad_norm_(trained, clip)
+            if clip:  # what clip_grad_norm_ does on CUDA; on the meta device it takes one tensor after the other
+                norm = torch.stack(torch._foreach_norm(gradients)).norm()
+                torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
             optimizer.step()
         phases = {"forward": forward.total(), "backward": backward.total(), "optimizer": update.total()}
         phases["total"] = {key: sum(phase[key] for phase in phases.values()) for key in ("launches", "bytes", "flops")}

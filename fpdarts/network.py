@@ -254,8 +254,9 @@ class DerivedNetwork(nn.Module):
         """Logits of a batch.
 
         images: (N, 3, H, W) float. drop_path: the chance, in [0, 1), that an edge is dropped for a sample; used in
-        training only, on all edges but identities; a tensor of no dimension is read on its device, by CUDA graphs too. Returns logits (N, num_classes), float32 also under autocast
-        (float64 for a float64 network); in training with an auxiliary head the pair (logits, auxiliary logits).
+        training only, on all edges but identities. As a tensor of no dimension it is read on its device, also by CUDA
+        graphs. Returns logits (N, num_classes), float32 also under autocast (float64 for a float64 network); in
+        training with an auxiliary head the pair (logits, auxiliary logits).
 
         Raises ValueError for a drop_path out of range, an image size that does not halve evenly, or, in training, one
         that the auxiliary head does not fit.

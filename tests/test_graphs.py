@@ -1,5 +1,5 @@
-"""CUDA graphs: the calls that are eager, the copies around a replay, and what optimizers need. Graphs themselves need a GPU;
-here their place is taken by something that, like them, reads and writes at fixed places only."""
+"""CUDA graphs: the calls that are eager, the copies around a replay, and what optimizers need. Graphs themselves need a
+GPU; here their place is taken by something that, like them, reads and writes at fixed places only."""
 
 from contextlib import contextmanager
 
@@ -10,7 +10,7 @@ from fpdarts import graphs
 
 
 class Recorded:
-    """Stands for torch.cuda.CUDAGraph: a replay runs the step again, from the captured inputs into the captured results."""
+    """Stands for torch.cuda.CUDAGraph: a replay runs the step again, from captured inputs into captured results."""
 
     captures = replays = 0
 

@@ -389,9 +389,10 @@ class _Gradients:
         tensors = {"partial_ptr": buffer, "out_ptr": gradient}
         rows, jobs = p.jobs("contract", (), p.contract_jobs)
         if rows:
+            moved = 2 * 4 * c * c * sum(job[2] * job[5] for job in rows)  # written before, read now
             launch(
-                contract_kernel, (len(rows),), tensors | {"weights_ptr": work.weights, "jobs_ptr": jobs},
-                2 * buffer.nbytes, C=c, P=padded(c),
+                contract_kernel, (len(rows),), tensors | {"weights_ptr": work.weights, "jobs_ptr": jobs}, moved, C=c,
+                P=padded(c),
             )  # fmt: skip
         rows, jobs = p.jobs("gather", (), p.gather_jobs)
         largest = max(job[4] * job[5] * job[6] for job in rows)
