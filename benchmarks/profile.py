@@ -89,6 +89,7 @@ def profile(side: Side, setting: Setting, dtype=torch.float32, bandwidth=3e12, p
                 gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
         for parameter, gradient in zip(trained, gradients):
             parameter.grad = gradient
+        optimizer.step()  # the first one makes momentum buffers, once
         with counting() as update:
             if clip:  # what clip_grad_norm_ does on CUDA; on the meta device it takes one tensor after the other
                 norm = torch.stack(torch._foreach_norm(gradients)).norm()

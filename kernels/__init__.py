@@ -96,6 +96,7 @@ def factorized_reduction(x: "Tensor", even: "Tensor", odd: "Tensor", *, kernels=
 
     x: (N, c, H, W), H and W even. even: (E, c, h). odd: (E, c, h'). Returns (N, E*(h+h'), H/2, W/2), not normalized.
     """
+    require_even(tuple(x.shape[2:]), "a factorized reduction")
     return backend(kernels, x.device.type).factorized_reduction(x, even, odd)
 
 
@@ -141,6 +142,7 @@ def cell(
     inputs whose sizes do not fit each other.
     """
     _check_shapes(spec, inputs, weights, operation_weights, edge_weights, gates)
+    _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
     module = backend(kernels, inputs[0].device.type)
     return module.cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics)
 
@@ -159,3 +161,24 @@ def _check_shapes(spec, inputs, weights, operation_weights, edge_weights, gates)
     for i, (x, channels) in enumerate(zip(inputs, spec.input_channels, strict=True)):
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"input {i} must have shape (N, {channels}, H, W), not {tuple(x.shape)}")
+
+
+def require_even(size: tuple[int, int], what: str):
+    """Raises ValueError for a map that a stride of 2 would not halve."""
+    if size[0] % 2 or size[1] % 2:
+        raise ValueError(
+            f"{what} has stride 2 and needs an even size, but its input is {size[0]}x{size[1]}; "
+            "use images whose sides every reduction can halve, or fewer cells"
+        )
+
+
+def _check_sizes(spec, first, second):
+    halved = first
+    if spec.factorized_input:
+        require_even(first, "a factorized reduction")
+        halved = first[0] // 2, first[1] // 2
+    if halved != second:
+        told = [f"{size[0]}x{size[1]}" for size in (first, second)]
+        raise ValueError(f"the inputs of a cell have sizes {told[0]} and {told[1]}, which do not fit each other")
+    if spec.reduction:
+        require_even(second, "a reduction cell")

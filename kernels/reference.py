@@ -39,16 +39,7 @@ def pooling(x, operation, *, stride=1):
     return F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
 
 
-def _require_even(x, what):
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(
-            f"{what} has stride 2 and needs an even size, but its input is {x.shape[2]}x{x.shape[3]}; "
-            "use images whose sides every reduction can halve, or fewer cells"
-        )
-
-
 def factorized_reduction(x, even, odd):
-    _require_even(x, "a factorized reduction")
     x = F.relu(x)
     halves = _pointwise(x, even, stride=2), _pointwise(x[:, :, 1:, 1:], odd, stride=2)
     by_edge = zip(halves[0].split(even.shape[-1], 1), halves[1].split(odd.shape[-1], 1))
@@ -194,9 +185,6 @@ def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statisti
 
     normalizer = _Normalizer(spec, edge_weights.dtype, statistics)
     states = [_preprocess(spec, i, x, weights, normalizer) for i, x in enumerate(inputs)]
-    if states[0].shape != states[1].shape:
-        sizes = [f"{x.shape[2]}x{x.shape[3]}" for x in inputs]
-        raise ValueError(f"the inputs of a cell have sizes {sizes[0]} and {sizes[1]}, which do not fit each other")
 
     by_source = _by_source(spec, weights)
     terms = [[[] for _ in range(spec.partial)] for _ in range(spec.nodes)]  # [node][slice]
@@ -206,7 +194,6 @@ def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statisti
         state, nodes = states[source], [spec.edges[order[row]].node for row in rows]
         passed = state
         if spec.stride(source) == 2:
-            _require_even(state, "a reduction cell")
             passed = F.max_pool2d(state, 2)
         passed = passed.split(spec.slice_channels, 1)
         for s, x in enumerate(state.split(spec.slice_channels, 1)):

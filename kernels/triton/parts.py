@@ -147,11 +147,6 @@ def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
 
 
 def factorized_reduction(x, even, odd):
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(
-            f"a factorized reduction has stride 2 and needs an even size, but its input is {x.shape[2]}x{x.shape[3]}; "
-            "use images whose sides every reduction can halve, or fewer cells"
-        )
     taps = torch.nn.functional.pad(even, (0, odd.shape[2])), torch.nn.functional.pad(odd, (even.shape[2], 0))
     return _Dense.apply(x, torch.stack(taps, 1).float(), [2, 1, 1, 0, 1], 2)
 

@@ -1,259 +1,25 @@
-"""Where everything of a cell lies, and the tables of jobs that its kernels read: made once for a shape, and kept."""
+"""The tables of jobs that a cell's kernels read, each row a job: made once for a shape, and kept."""
 
-import math
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 
 from ..spec import OPERATIONS, CellSpec
 from .convolution import wgrad_parts
+from .layout import Layout
 from .pools import AVERAGE, BYPASS, MAXIMUM
 
 ALWAYS, NEVER = -2, -1  # in the table of what opens a row of the statistics
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """A stage of an operation, or a factorized reduction: a dense convolution of a path's slice."""
-
-    name: str  # key of spec.statistics
-    path: int
-    stage: int
-    taps: int
-    side: int
-    dilation: int
-    pad: int
-    skew: int
-    first: int  # statistics row of edge row 0
-    last: bool  # whether what follows its normalization is the node
-
-    @property
-    def geometry(self) -> list[int]:
-        return [self.taps, self.side, self.dilation, self.pad, self.skew]
-
-    @property
-    def depthwise(self) -> str:
-        """Name of the packed weight."""
-        return f"{self.name[:-2]}_depthwise_{self.stage}"
-
-    @property
-    def pointwise(self) -> str:
-        return f"{self.name[:-2]}_pointwise_{self.stage}"
-
-
-class Plan:
-    """For a cell of a spec on maps of (H, W) = size, the size of states 0 and 1, of n images on a device.
-
-    An *instance* is a row of the cell's statistics and, but for preprocessing, the raw output that it normalizes.
-    """
+class Plan(Layout):
+    """A layout with its tables. What a job's columns are, its kernel says."""
 
     def __init__(self, spec: CellSpec, n: int, size: tuple[int, int], device: torch.device):
-        self.spec, self.n, self.device = spec, n, device
-        self.c, self.k, self.nodes = spec.slice_channels, spec.partial, spec.nodes
-        self.inner = size
-        self.outer = tuple(side // 2 for side in size) if spec.reduction else size
-        self.m_in, self.m = (n * h * w for h, w in (self.inner, self.outer))
-        if max(self.m_in, self.m) * max(self.c * self.k * self.nodes, *spec.input_channels) >= 2**31:
-            raise ValueError(f"{n} images of {size[0]}x{size[1]} are too many for one cell; use a smaller batch")
-        self.slice_in, self.slice = (-(-rows * self.c // 16) * 16 for rows in (self.m_in, self.m))
-        self.strided = spec.reduction
-        self.states_end = 2 * self.k * self.slice_in
-        self.raw_start = self.states_end + self.nodes * self.k * self.slice
-        self.instances = spec.statistics_rows
-        self.bypass_start = self.raw_start + (self.instances - 2 * self.k) * self.slice
-        self.workspace = self.bypass_start + (2 * self.k * self.slice if self.strided else 0)
-        self.columns = len(spec.operations) + self.k  # of the coefficients
-        self.edges = len(spec.edges)
-        self.one = self.edges * self.columns  # the coefficient that is 1
-        # rows of sums: of each coefficient, of each node's slices, of each instance (d, d * normalized)
-        self.node_sums = self.edges * self.columns
-        self.instance_sums = self.node_sums + self.nodes * self.k
-        self.sums = self.instance_sums + 2 * self.instances
-        self.counters = self.edges * self.columns + self.k  # at least the jobs of any launch that takes sums
+        super().__init__(spec, n, size, device)
         self._tables = {}
-        self.groups = [(0, 1), *((source,) for source in range(2, spec.nodes + 1))]
 
-    # Weights: packed ones end to end, dense ones of the convolutions, partial gradients -------------------------------
-
-    @cached_property
-    def weight_at(self) -> dict[str, int]:
-        at, end = {}, 0
-        for name, parameter in self.spec.parameters.items():
-            at[name] = end
-            end += math.prod(parameter.shape)
-        return at
-
-    @cached_property
-    def dense_at(self) -> dict[str, int]:
-        """Of each convolution, of a factorized preprocessing ("preprocess0"), and the end."""
-        at, end = {}, 0
-        for v in self.convolutions:
-            at[v.name] = end
-            end += self.edges * v.taps * self.c * self.c
-        at["preprocess0"] = end
-        at["end"] = end + (2 * self.spec.input_channels[0] * self.c * self.k if self.spec.factorized_input else 0)
-        return at
-
-    def preprocess_weight(self, i: int) -> tuple[bool, int]:
-        """(whether it lies with the dense weights, where)."""
-        if i == 0 and self.spec.factorized_input:
-            return True, self.dense_at["preprocess0"]
-        return False, self.weight_at[f"preprocess{i}"]
-
-    def expand_jobs(self):
-        jobs = []
-        for v in self.convolutions:
-            if not v.skew:
-                for row in range(self.edges):
-                    jobs.append([
-                        self.weight_at[v.depthwise] + row * v.taps * self.c,
-                        self.weight_at[v.pointwise] + row * self.c * self.c,
-                        v.taps, self.dense_at[v.name] + row * v.taps * self.c * self.c,
-                    ])  # fmt: skip
-        return jobs
-
-    def halves_jobs(self):
-        jobs = []
-        found = [(v.name, self.c, self.c, self.spec.strided_rows) for v in self.convolutions if v.skew]
-        if self.spec.factorized_input:
-            found.append(("preprocess0", self.spec.input_channels[0], self.c * self.k, 1))
-        for name, rows, width, edges in found:
-            even, odd = self.weight_at[f"{name}_even"], self.weight_at[f"{name}_odd"]
-            jobs.append([even, odd, self.dense_at[name], rows, width // 2, width, edges])
-        return jobs
-
-    @cached_property
-    def weight_gradients(self):
-        """The launches that weight gradients take: [(which, sources, parts, distance of parts, offset in the buffer)],
-        and the buffer's size."""
-        launches, end = [], 0
-
-        def add(which, sources, jobs, edges, taps, distance, m, c_in):
-            nonlocal end
-            parts = wgrad_parts(m, c_in, self.c, edges, taps, jobs)
-            launches.append((which, sources, parts, distance, end))
-            end += -(-parts * distance // 16) * 16  # aligned, for wide loads
-
-        strided = tuple(source for source in (0, 1) if self.strided)
-        plain = tuple(source for source in range(self.nodes + 1) if source not in strided)
-        for stage, groups in ((0, (strided, plain)), (1, (strided + plain,))):
-            for sources in filter(None, groups):
-                jobs = self.second_stage_wgrad_jobs() if stage else self.first_stage_wgrad_jobs(sources)
-                if jobs:
-                    edges, taps = max(job[3] for job in jobs), max(job[4] for job in jobs)
-                    add(stage, sources, len(jobs), edges, taps, self.dense_at["preprocess0"], self.m, self.c)
-        for i, wide in enumerate(self.spec.input_channels):
-            taps = self.preprocess_geometry(i)[0]
-            add(f"preprocess{i}", (), 1, self.k, taps, taps * wide * self.k * self.c, self.m_in, wide)
-        return launches, end
-
-    def contract_jobs(self):
-        jobs = []
-        for which, sources, parts, distance, start in self.weight_gradients[0]:
-            rows = self.rows_of(sources) if which == 0 else range(self.edges)
-            for v in self.convolutions:
-                if v.stage == which and not v.skew:
-                    each = v.taps * self.c * self.c
-                    for row in rows:
-                        jobs.append([
-                            self.weight_at[v.depthwise] + row * v.taps * self.c,
-                            self.weight_at[v.pointwise] + row * self.c * self.c,
-                            v.taps, start + self.dense_at[v.name] + row * each, distance, parts,
-                        ])  # fmt: skip
-        return jobs
-
-    def gather_jobs(self):
-        jobs, c, wide = [], self.c, self.c * self.k
-        for which, sources, parts, distance, start in self.weight_gradients[0]:
-            if which == 0 and self.strided and sources == (0, 1):
-                for v in self.convolutions:
-                    if v.skew:
-                        at = start + self.dense_at[v.name], distance, parts
-                        for tap, (half, first, columns) in enumerate(
-                            (("even", 0, c // 2), ("odd", c // 2, c - c // 2))
-                        ):
-                            out = self.weight_at[f"{v.name}_{half}"]
-                            jobs.append([*at, out, self.spec.strided_rows, c, columns, tap, first, 2 * c * c, 0])
-            if isinstance(which, str):
-                i = int(which[-1])
-                taps, rows = self.preprocess_geometry(i)[0], self.spec.input_channels[i]
-                halves = ((which, 0, wide),)
-                if taps == 2:
-                    halves = (f"{which}_even", 0, wide // 2), (f"{which}_odd", wide // 2, wide - wide // 2)
-                for tap, (name, first, columns) in enumerate(halves):
-                    at = start, distance, parts
-                    jobs.append([*at, self.weight_at[name], 1, rows, columns, tap, first, 0, taps * rows * c])
-        return jobs
-
-    # Places in the workspace ------------------------------------------------------------------------------------------
-
-    def state(self, source: int, s: int) -> int:
-        if source < 2:
-            return (source * self.k + s) * self.slice_in
-        return self.states_end + ((source - 2) * self.k + s) * self.slice
-
-    def raw(self, instance: int) -> int:
-        return self.raw_start + (instance - 2 * self.k) * self.slice
-
-    def bypass(self, source: int, s: int) -> int:
-        return self.bypass_start + (source * self.k + s) * self.slice
-
-    def index(self, source: int, s: int, of_bypass: bool = False) -> int:
-        """Of the maxima, in a buffer of its own."""
-        return ((self.nodes + 1 if of_bypass else 0) + source) * self.k * self.slice + s * self.slice
-
-    @property
-    def index_size(self) -> int:
-        return (self.nodes + 3) * self.k * self.slice
-
-    def node_gradient(self, node: int, s: int) -> int:
-        return (node * self.k + s) * self.slice
-
-    def coefficient(self, row: int, column: int) -> int:
-        return row * self.columns + column
-
-    def through(self, row: int, s: int) -> int:
-        return self.coefficient(row, len(self.spec.operations) + s)
-
-    # What there is to compute -----------------------------------------------------------------------------------------
-
-    @cached_property
-    def convolutions(self) -> list[Convolution]:
-        found = []
-        for column, name in enumerate(self.spec.operations):
-            operation, path = OPERATIONS[name], self.spec.path_of_operation[column]
-            k, dilation = operation.kernel_size, operation.dilation
-            for stage in range(operation.stages):
-                key, last = f"{name}_{stage}", stage == operation.stages - 1
-                first = self.spec.statistics[key].start
-                found.append(Convolution(key, path, stage, k * k, k, dilation, dilation * (k - 1) // 2, 0, first, last))
-            if operation.kind == "skip" and self.strided:
-                found.append(Convolution(name, path, 0, 2, 1, 1, 0, 1, self.spec.statistics[name].start, True))
-        return found
-
-    def column(self, name: str) -> int:
-        """Of the coefficients: of an operation, or of the convolution that it ends with."""
-        return next(i for i, operation in enumerate(self.spec.operations) if name.startswith(operation))
-
-    def has_row(self, convolution: Convolution, row: int) -> bool:
-        """Factorized reductions are on strided edges only."""
-        return convolution.skew == 0 or row < self.spec.strided_rows
-
-    @cached_property
-    def poolings(self) -> list[tuple[str, int]]:
-        """(name, path)."""
-        return [
-            (name, self.spec.path_of_operation[i])
-            for i, name in enumerate(self.spec.operations)
-            if OPERATIONS[name].kind == "pooling"
-        ]
-
-    def node_of(self, row: int) -> int:
-        return self.spec.edges[self.spec.source_order[row]].node
-
-    def source_of(self, row: int) -> int:
-        return self.spec.edges[self.spec.source_order[row]].source
+    # --- Tables ---
 
     def table(self, rows) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
@@ -311,19 +77,7 @@ class Plan:
                     uses[spec.statistics[name][source]][i] = spec.source_order[row] * paths + path
         return uses
 
-    # Jobs of the forward ----------------------------------------------------------------------------------------------
-
-    def preprocess_shape(self, i: int) -> dict:
-        factorized = i == 0 and self.spec.factorized_input
-        size = tuple(2 * side for side in self.inner) if factorized else self.inner
-        return {
-            "n": self.n, "size": size, "out_size": self.inner, "stride": 2 if factorized else 1,
-            "c_in": self.spec.input_channels[i], "c": self.c,
-        }  # fmt: skip
-
-    def preprocess_geometry(self, i: int) -> list[int]:
-        """A 1x1 convolution; factorized, one of the even pixels and one of the odd ones."""
-        return [2, 1, 1, 0, 1] if i == 0 and self.spec.factorized_input else [1, 1, 1, 0, 0]
+    # --- Jobs of the forward ---
 
     def preprocess_job(self, i: int) -> list[int]:
         """The slices of the state are its edges: they lie side by side in the weights' columns."""
@@ -337,6 +91,28 @@ class Plan:
             self.k,
             0,
         ]
+
+    def expand_jobs(self):
+        jobs = []
+        for v in self.convolutions:
+            if not v.skew:
+                for row in range(self.edges):
+                    jobs.append([
+                        self.weight_at[v.depthwise] + row * v.taps * self.c,
+                        self.weight_at[v.pointwise] + row * self.c * self.c,
+                        v.taps, self.dense_at[v.name] + row * v.taps * self.c * self.c,
+                    ])  # fmt: skip
+        return jobs
+
+    def halves_jobs(self):
+        jobs = []
+        found = [(v.name, self.c, self.c, self.spec.strided_rows) for v in self.convolutions if v.skew]
+        if self.spec.factorized_input:
+            found.append(("preprocess0", self.spec.input_channels[0], self.c * self.k, 1))
+        for name, rows, width, edges in found:
+            even, odd = self.weight_at[f"{name}_even"], self.weight_at[f"{name}_odd"]
+            jobs.append([even, odd, self.dense_at[name], rows, width // 2, width, edges])
+        return jobs
 
     def first_stage_jobs(self, group):
         jobs = []
@@ -365,14 +141,6 @@ class Plan:
                         ])  # fmt: skip
         return jobs
 
-    def rows_of(self, sources) -> range:
-        """Edge rows of consecutive sources."""
-        return range(self.spec.rows_by_source[sources[0]].start, self.spec.rows_by_source[sources[-1]].stop)
-
-    def stage_before(self, convolution: Convolution) -> int:
-        """Statistics row of edge row 0 of the first stage."""
-        return self.spec.statistics[convolution.name[:-1] + "0"].start
-
     def pool_jobs(self, group):
         jobs = []
         for source in group:
@@ -396,28 +164,7 @@ class Plan:
             self.cached(("starts", node), lambda: starts),
         )
 
-    def terms(self, node: int):
-        """Of each slice of a node: (offset, statistics row, coefficient); the row behind all others is no
-        normalization."""
-        slices = [[] for _ in range(self.k)]
-        for row in range(self.edges):
-            if self.node_of(row) == node:
-                source = self.source_of(row)
-                for v in self.convolutions:
-                    if v.last and self.has_row(v, row):
-                        instance = v.first + row
-                        coefficient = self.coefficient(row, self.column(v.name))
-                        slices[v.path].append([self.raw(instance), instance, coefficient])
-                for name, path in self.poolings:
-                    instance = self.spec.statistics[name][source]
-                    coefficient = self.coefficient(row, self.column(name))
-                    slices[path].append([self.raw(instance), instance, coefficient])
-                for s in range(self.k):
-                    place = self.bypass(source, s) if self.spec.stride(source) == 2 else self.state(source, s)
-                    slices[s].append([place, self.instances, self.through(row, s)])
-        return slices
-
-    # Jobs of the backward ---------------------------------------------------------------------------------------------
+    # --- Jobs of the backward: maps ---
 
     def summed(self) -> list[list[int]]:
         """By edge row and operation, whether its normalized output is a term of a node."""
@@ -519,9 +266,6 @@ class Plan:
                     ])  # fmt: skip
         return jobs, segments
 
-    def state_gradient(self, group, source: int, s: int) -> int:
-        return (group.index(source) * self.k + s) * (self.slice_in if source < 2 else self.slice)
-
     def state_jobs(self, group):
         """The gradient of states, a job a slice: (jobs, poolings, edges). No edge leaves the last node, (nodes +
         1,)."""
@@ -556,6 +300,33 @@ class Plan:
             parts.append([d, self.one, sums, sums + 1])
         return jobs, parts
 
+    # --- Jobs of the backward: weights ---
+
+    @cached_property
+    def weight_gradients(self):
+        """The launches that weight gradients take: [(which, sources, parts, distance of parts, offset in the buffer)],
+        and the buffer's size."""
+        launches, end = [], 0
+
+        def add(which, sources, jobs, edges, taps, distance, m, c_in):
+            nonlocal end
+            parts = wgrad_parts(m, c_in, self.c, edges, taps, jobs)
+            launches.append((which, sources, parts, distance, end))
+            end += -(-parts * distance // 16) * 16  # aligned, for wide loads
+
+        strided = tuple(source for source in (0, 1) if self.strided)
+        plain = tuple(source for source in range(self.nodes + 1) if source not in strided)
+        for stage, groups in ((0, (strided, plain)), (1, (strided + plain,))):
+            for sources in filter(None, groups):
+                jobs = self.second_stage_wgrad_jobs() if stage else self.first_stage_wgrad_jobs(sources)
+                if jobs:
+                    edges, taps = max(job[3] for job in jobs), max(job[4] for job in jobs)
+                    add(stage, sources, len(jobs), edges, taps, self.dense_at["preprocess0"], self.m, self.c)
+        for i, wide in enumerate(self.spec.input_channels):
+            taps = self.preprocess_geometry(i)[0]
+            add(f"preprocess{i}", (), 1, self.k, taps, taps * wide * self.k * self.c, self.m_in, wide)
+        return launches, end
+
     def first_stage_wgrad_jobs(self, sources):
         jobs = []
         for source in sources:
@@ -579,6 +350,44 @@ class Plan:
                         self.raw(before), self.raw(v.first + row) - self.raw_start, v.first + row, 1, *v.geometry,
                         self.dense_at[v.name] + row * weight_edge, before,
                     ])  # fmt: skip
+        return jobs
+
+    def contract_jobs(self):
+        jobs = []
+        for which, sources, parts, distance, start in self.weight_gradients[0]:
+            rows = self.rows_of(sources) if which == 0 else range(self.edges)
+            for v in self.convolutions:
+                if v.stage == which and not v.skew:
+                    each = v.taps * self.c * self.c
+                    for row in rows:
+                        jobs.append([
+                            self.weight_at[v.depthwise] + row * v.taps * self.c,
+                            self.weight_at[v.pointwise] + row * self.c * self.c,
+                            v.taps, start + self.dense_at[v.name] + row * each, distance, parts,
+                        ])  # fmt: skip
+        return jobs
+
+    def gather_jobs(self):
+        jobs, c, wide = [], self.c, self.c * self.k
+        for which, sources, parts, distance, start in self.weight_gradients[0]:
+            if which == 0 and self.strided and sources == (0, 1):
+                for v in self.convolutions:
+                    if v.skew:
+                        at = start + self.dense_at[v.name], distance, parts
+                        for tap, (half, first, columns) in enumerate(
+                            (("even", 0, c // 2), ("odd", c // 2, c - c // 2))
+                        ):
+                            out = self.weight_at[f"{v.name}_{half}"]
+                            jobs.append([*at, out, self.spec.strided_rows, c, columns, tap, first, 2 * c * c, 0])
+            if isinstance(which, str):
+                i = int(which[-1])
+                taps, rows = self.preprocess_geometry(i)[0], self.spec.input_channels[i]
+                halves = ((which, 0, wide),)
+                if taps == 2:
+                    halves = (f"{which}_even", 0, wide // 2), (f"{which}_odd", wide // 2, wide - wide // 2)
+                for tap, (name, first, columns) in enumerate(halves):
+                    at = start, distance, parts
+                    jobs.append([*at, self.weight_at[name], 1, rows, columns, tap, first, 0, taps * rows * c])
         return jobs
 
 

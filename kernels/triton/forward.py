@@ -1,0 +1,174 @@
+"""The forward of a cell: its buffers, and the launches on them."""
+
+import torch
+from torch import Tensor
+
+from ..spec import EPSILON
+from . import tuning
+from .convolution import convolve_fwd
+from .launch import is_counting, launch, padded, pieces
+from .mixture import mix_fwd_kernel, node_fwd_kernel, normalize_fwd_kernel
+from .packing import expand_kernel, halves_kernel
+from .plan import Plan
+from .pools import pool_fwd_kernel
+
+
+class Forward:
+    """A cell's buffers in one forward, and the launches on them. What backward needs stays here."""
+
+    def __init__(self, p: Plan, dtype: torch.dtype, gates: Tensor, training: bool):
+        self.p, self.dtype, self.training, device = p, dtype, training, p.device
+        self.gates = gates
+        self.space = torch.empty(p.workspace, dtype=dtype, device=device)
+        self.index = torch.empty(p.index_size, dtype=torch.uint8, device=device)
+        mean, inverse = (torch.empty(p.instances + 1, p.c, device=device) for _ in range(2))
+        variance = torch.empty(p.instances, p.c, device=device)
+        self.statistics = {"mean_ptr": mean, "inverse_ptr": inverse, "variance_ptr": variance}
+        self.normalizing = {"mean_ptr": mean, "inverse_ptr": inverse}
+        self.opened = torch.empty(p.instances, dtype=torch.int32, device=device)
+        self.updated = torch.empty(p.instances, 1, device=device)
+        self.coefficients = torch.empty(p.one + 1, device=device)
+        self.counters = torch.empty(p.counters, dtype=torch.int32, device=device)
+        self.partial = torch.empty(p.instances * tuning.tiles(max(p.m, p.m_in)) * 2 * p.c, device=device)
+        self.open_on_host = None
+        if is_counting():
+            flat = [value != 0 for row in gates.tolist() for value in row] if gates.device.type == "cpu" else None
+            self.open_on_host = p.open_instances(flat)
+        self.bytes = {torch.float32: 4, torch.bfloat16: 2}[dtype]
+        self.block = {"C": p.c, "P": padded(p.c), "BLOCK": tuning.block()}
+
+    # --- Counting ---
+
+    def count_open(self, instances) -> int:
+        return sum(self.open_on_host[i] for i in instances)
+
+    def moved(self, elements) -> float:
+        """elements: a function, called only when launches are counted; returns what open paths read and write."""
+        return elements() * self.bytes if self.open_on_host is not None else 0
+
+    # --- Forward ---
+
+    def mix(self, alpha, beta):
+        p = self.p
+        tensors = {"alpha_ptr": alpha, "beta_ptr": beta, "gates_ptr": self.gates, **p.mix_tables, **self.statistics}
+        tensors |= {"coefficients_ptr": self.coefficients, "opened_ptr": self.opened, "updated_ptr": self.updated}
+        block = padded(p.edges)
+        launch(
+            mix_fwd_kernel, (1 + pieces(p.instances + 1, block),), tensors | {"counters_ptr": self.counters}, 0,
+            EDGES=p.edges, ROWS=p.instances, LAST=p.one, COUNTERS=p.counters, OPERATIONS=len(p.spec.operations),
+            PATHS=p.spec.paths, K=p.k, C=p.c, P=padded(p.c), BLOCK=block, USES=p.mix_tables["uses_ptr"].shape[1],
+        )  # fmt: skip
+
+    def expand(self, weights):
+        """Packed weights end to end, and the dense ones of the convolutions."""
+        p = self.p
+        self.weights = torch.cat([weight.reshape(-1) for weight in weights])
+        self.dense = torch.empty(p.dense_at["end"], dtype=self.dtype, device=p.device)
+        tensors = {"weights_ptr": self.weights, "out_ptr": self.dense}
+        rows, jobs = p.jobs("expand", (), p.expand_jobs)
+        moved = self.weights.nbytes + self.dense.nbytes
+        if rows:
+            launch(expand_kernel, (len(rows),), tensors | {"jobs_ptr": jobs}, moved, C=p.c, P=padded(p.c))
+        rows, jobs = p.jobs("halves", (), p.halves_jobs)
+        if rows:
+            largest = max(job[6] * 2 * job[3] * job[5] for job in rows)
+            launch(halves_kernel, (pieces(largest, 512), len(rows)), tensors | {"jobs_ptr": jobs}, 0, BLOCK=512)
+
+    def preprocess_weights(self, i: int) -> Tensor:
+        return self.dense if self.p.preprocess_weight(i)[0] else self.weights
+
+    def preprocess(self, i, x, raw):
+        """Raw, not normalized, into raw's slices."""
+        p = self.p
+        jobs = p.cached(("preprocess", i), lambda: [p.preprocess_job(i)])
+        convolve_fwd(
+            x, self.preprocess_weights(i), raw, self.partial, self.statistics, self.opened, self.counters, jobs,
+            **p.preprocess_shape(i), x_row=x.shape[1], out_row=p.c, edge=p.slice_in, weight_row=p.c * p.k, edges=p.k,
+            normalize=False, training=self.training,
+            moved=self.moved(lambda: x.numel() + p.m_in * p.c * p.k),
+        )  # fmt: skip
+
+    def normalize_states(self, raw):
+        p = self.p
+        launch(
+            normalize_fwd_kernel, (tuning.tiles(p.m_in), 2 * p.k),
+            {"raw_ptr": raw, "out_ptr": self.space, **self.normalizing}, self.moved(lambda: 4 * p.k * p.m_in * p.c),
+            M=p.m_in, SLICE=p.slice_in, first=0, **self.block,
+        )  # fmt: skip
+
+    def shape(self, group):
+        """Of the convolutions of a group's edges."""
+        p = self.p
+        size = p.inner if group[0] < 2 else p.outer
+        return {"n": p.n, "size": size, "out_size": p.outer, "stride": p.spec.stride(group[0]), "c_in": p.c, "c": p.c}
+
+    def first_stages(self, group):
+        p = self.p
+        rows, jobs = p.jobs("first", group, lambda: p.first_stage_jobs(group))
+        read = p.m_in if group[0] < 2 else p.m
+
+        def elements():
+            opened = [self.count_open(range(job[8], job[8] + job[10])) for job in rows]
+            return p.c * sum((n > 0) * read + n * p.m for n in opened)
+
+        if rows:
+            convolve_fwd(
+                self.space, self.dense, self.space, self.partial, self.statistics, self.opened, self.counters, jobs,
+                **self.shape(group), x_row=p.c, out_row=p.c, edge=p.slice, weight_row=p.c,
+                edges=max(job[10] for job in rows), normalize=False, training=self.training,
+                moved=self.moved(elements),
+            )  # fmt: skip
+
+    def poolings(self, group):
+        p = self.p
+        rows, jobs = p.jobs("pool", group, lambda: p.pool_jobs(group))
+        if not rows:
+            return
+        size, read = (p.inner, p.m_in) if group[0] < 2 else (p.outer, p.m)
+        tensors = {
+            "x_ptr": self.space, "out_ptr": self.space, "index_ptr": self.index, "partial_ptr": self.partial,
+            **self.statistics, "opened_ptr": self.opened, "counters_ptr": self.counters, "jobs_ptr": jobs,
+        }  # fmt: skip
+        moved = self.moved(lambda: sum(p.c * (read + p.m) for job in rows if job[4] < 0 or self.open_on_host[job[4]]))
+        launch(
+            pool_fwd_kernel, (tuning.tiles(p.m), len(rows)), tensors, moved, M=p.m, H=size[0], W=size[1],
+            OH=p.outer[0], OW=p.outer[1], EPSILON=EPSILON, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
+            STATISTICS=self.training, **self.block,
+        )  # fmt: skip
+
+    def second_stages(self, group):
+        p = self.p
+        rows, jobs = p.jobs("second", group, lambda: p.second_stage_jobs(group))
+        if rows:
+            moved = self.moved(lambda: 2 * p.m * p.c * self.count_open(job[8] for job in rows))
+            convolve_fwd(
+                self.space, self.dense, self.space, self.partial, self.statistics, self.opened, self.counters, jobs,
+                **self.second_shape, x_row=p.c, out_row=p.c, edge=p.slice, weight_row=p.c, edges=1, normalize=True,
+                training=self.training, moved=moved,
+            )  # fmt: skip
+
+    @property
+    def second_shape(self):
+        p = self.p
+        return {"n": p.n, "size": p.outer, "out_size": p.outer, "stride": 1, "c_in": p.c, "c": p.c}
+
+    def node(self, node, out):
+        p = self.p
+        terms, starts = p.node_terms(node)
+        tensors = {
+            "work_ptr": self.space, "state_ptr": self.space[p.state(node + 2, 0) :],
+            "out_ptr": out[:, node * p.k * p.c :], **self.normalizing, "coefficients_ptr": self.coefficients,
+            "terms_ptr": terms, "starts_ptr": starts,
+        }  # fmt: skip
+        moved = self.moved(lambda: p.m * p.c * (self.count_terms(node, True) + 2 * p.k))
+        launch(
+            node_fwd_kernel, (tuning.tiles(p.m), p.k), tensors, moved, M=p.m, SLICE=p.slice, K=p.k,
+            OUT_ROW=out.shape[1], **self.block,
+        )  # fmt: skip
+
+    def count_terms(self, node, with_through):
+        count = 0
+        for terms in self.p.terms(node):
+            for _, row, _ in terms:
+                count += self.open_on_host[row] if row < self.p.instances else with_through
+        return count
