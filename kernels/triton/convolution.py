@@ -45,6 +45,21 @@ def _tap_and_channel(chunk, WIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _offsets(tap, side, dilation, pad, skew):
+    """dy and dx of taps, of which there are fewer than 64 and a side has fewer than 8: division by a multiplication."""
+    row = (tap * ((1023 + side) // side)) >> 10
+    return row * dilation - pad, (tap - row * side) * dilation + row * skew - pad
+
+
+@triton.jit
+def _within(y, x, HEIGHT, WIDTH):
+    """Whether a pixel lies in a map: as an unsigned number, what is negative is too large as well."""
+    return (y.to(tl.uint32, bitcast=True) < HEIGHT.to(tl.uint32)) & (
+        x.to(tl.uint32, bitcast=True) < WIDTH.to(tl.uint32)
+    )
+
+
+@triton.jit
 def _open_edges(opened_ptr, first, edges, EDGES: tl.constexpr):
     """Bit e: whether instance first + e is open. A scalar: a loaded vector would hide from the compiler that the mask
     is the same for all channels of an edge."""
@@ -88,7 +103,6 @@ def convolve_fwd_kernel(
     weight_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     weight_edge = tl.multiple_of(tl.load(jobs_ptr + 2).to(tl.int32), 8)
     out_ptr += tl.multiple_of(tl.load(jobs_ptr + 9), 8)
-    EDGE = tl.multiple_of(EDGE, 8)
     row = tl.load(jobs_ptr + 11).to(tl.int32)
 
     rows = tile * BLOCK + tl.arange(0, BLOCK)
@@ -101,11 +115,10 @@ def convolve_fwd_kernel(
     total = tl.zeros([BLOCK, EDGES * P], tl.float32)
     for chunk in range(0, tl.cdiv(taps * P_IN, BLOCK_K)):
         tap, ci = _tap_and_channel(chunk, P_IN, BLOCK_K)
-        dy = (tap // side) * dilation - pad
-        dx = (tap % side) * dilation + (tap // side) * skew - pad
+        dy, dx = _offsets(tap, side, dilation, pad, skew)
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
         fits = ((tap < taps) & (ci < C_IN))[None, :]
-        loaded = inside[:, None] & fits & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        loaded = inside[:, None] & fits & _within(y, x, H, W)
         values = tl.load(
             x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
         )
@@ -157,7 +170,6 @@ def convolve_dgrad_kernel(
     n, y, x = position(rows, H, W)
     ci = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     WIDE: tl.constexpr = EDGES * P
-    EDGE = tl.multiple_of(EDGE, 8)
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     any_open = 0
     for s in range(start, start + count):
@@ -173,18 +185,23 @@ def convolve_dgrad_kernel(
             skew = tl.load(segment + 9).to(tl.int32)
             for chunk in range(0, tl.cdiv(taps * WIDE, BLOCK_K)):
                 tap, column = _tap_and_channel(chunk, WIDE, BLOCK_K)
-                e, co = column // P, column % P
-                top = y[:, None] - ((tap // side) * dilation - pad)[None, :]
-                left = x[:, None] - ((tap % side) * dilation + (tap // side) * skew - pad)[None, :]
-                kept = (tap < taps) & (((opened >> e) & 1) != 0) & (co < C)
-                loaded = inside[:, None] & kept[None, :] & (top >= 0) & (left >= 0)
+                dy, dx = _offsets(tap, side, dilation, pad, skew)
+                top, left = y[:, None] - dy[None, :], x[:, None] - dx[None, :]
+                if EDGES == 1:  # said apart: behind a division by the width the compiler sees no run of channels
+                    co, d_inner, weight_inner = column, column, column
+                    kept = (tap < taps) & (co < C)
+                else:
+                    e, co = column // P, column % P
+                    d_inner, weight_inner = e.to(tl.int64) * EDGE + co, e * weight_edge + co
+                    kept = (tap < taps) & (((opened >> e) & 1) != 0) & (co < C)
+                loaded = inside[:, None] & kept[None, :]
                 if STRIDE == 2:
-                    loaded = loaded & (top % 2 == 0) & (left % 2 == 0)
-                    top, left = top // 2, left // 2
-                loaded = loaded & (top < OH) & (left < OW)
-                where = (e.to(tl.int64) * EDGE + co)[None, :] + ((n[:, None] * OH + top) * OW + left) * D_ROW
+                    loaded = loaded & (((top | left) & 1) == 0)
+                    top, left = top >> 1, left >> 1
+                loaded = loaded & _within(top, left, OH, OW)
+                where = d_inner[None, :] + ((n[:, None] * OH + top) * OW + left) * D_ROW
                 values = tl.load(d + where, mask=loaded, other=0.0).to(DTYPE)
-                where = (e * weight_edge + tap * (C_IN * WEIGHT_ROW) + co)[:, None] + (ci * WEIGHT_ROW)[None, :]
+                where = (weight_inner + tap * (C_IN * WEIGHT_ROW))[:, None] + (ci * WEIGHT_ROW)[None, :]
                 weights = tl.load(weight + where, mask=kept[:, None] & (ci < C_IN)[None, :], other=0.0).to(DTYPE)
                 total = tl.dot(values, weights, total, input_precision=PRECISION)
 
@@ -237,13 +254,11 @@ def convolve_wgrad_kernel(
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     d_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     tap, ci = _tap_and_channel(chunk, P_IN, BLOCK_K)
-    dy = (tap // side) * dilation - pad
-    dx = (tap % side) * dilation + (tap // side) * skew - pad
+    dy, dx = _offsets(tap, side, dilation, pad, skew)
     fits = (tap < taps) & (ci < C_IN)
     column = tl.arange(0, EDGES * P)
     e, co = column // P, column % P
     kept = (((opened >> e) & 1) != 0) & (co < C)
-    EDGE = tl.multiple_of(EDGE, 8)
     if NORMALIZE:
         mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
         inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
@@ -255,7 +270,7 @@ def convolve_wgrad_kernel(
         n, oy, ox = position(rows, OH, OW)
         base = ((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
-        loaded = inside[:, None] & fits[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        loaded = inside[:, None] & fits[None, :] & _within(y, x, H, W)
         values = tl.load(
             x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
         )

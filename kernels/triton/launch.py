@@ -6,14 +6,9 @@ from contextlib import contextmanager
 import torch
 import triton
 
-# A kernel that the launchers call. Sizes are not specialized on (divisible by 16 or not): that would compile each
-# kernel again for every size of map. Where a distance is known to be aligned, the kernel says so.
-kernel = triton.jit(
-    do_not_specialize=[
-        *("M", "H", "W", "OH", "OW", "EDGE", "DISTANCE", "SLICE", "D_OUT", "first", "ROWS", "LAST"),
-        *("COUNTERS", "EPSILON"),
-    ]
-)
+# A kernel that the launchers call. Sizes of maps are not specialized on (divisible by 16 or not), which would compile
+# each kernel again for every size; distances are: that they are aligned is what makes loads wide.
+kernel = triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "first", "ROWS", "LAST", "COUNTERS", "EPSILON"])
 
 
 class Launches:

@@ -127,7 +127,7 @@ def node_fwd_kernel(
     channel K*c + slice: in the state's slices, SLICE elements apart, and in the cell's output of rows of OUT_ROW
     channels.
     """
-    s, SLICE = tl.program_id(1), tl.multiple_of(SLICE, 8)
+    s = tl.program_id(1)
     rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
     mask = (rows < M)[:, None] & (c < C)[None, :]
     total = tl.zeros([BLOCK, P], tl.float32)
@@ -281,7 +281,7 @@ def state_bwd_kernel(
     if IS_NODE:
         channel = tl.load(jobs_ptr + 8).to(tl.int32) * C + c
         place = (rows.to(tl.int64) * OUT_ROW)[:, None] + channel[None, :]
-        total += tl.load(d_out_ptr + tl.multiple_of(D_OUT, 8) + place, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(d_out_ptr + D_OUT + place, mask=mask, other=0.0).to(tl.float32)
         place = (rows.to(tl.int64) * C)[:, None] + ((channel % K) * SLICE + channel // K)[None, :]
         tl.store(out + place, total.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -305,7 +305,7 @@ def normalize_fwd_kernel(
     raw_ptr, out_ptr, mean_ptr, inverse_ptr, M, SLICE, first, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Grid (tiles, instances): instance i, SLICE elements from the last one, by row first + i of the statistics."""
-    i, SLICE = tl.program_id(1), tl.multiple_of(SLICE, 8)
+    i = tl.program_id(1)
     rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
     mask = (rows < M)[:, None] & (c < C)[None, :]
     out = _normalized(raw_ptr + i.to(tl.int64) * SLICE, rows, c, first + i, mask, mean_ptr, inverse_ptr, C)

@@ -7,9 +7,9 @@
 # products: k, taps times channels in a step; warps and stages. programs: that a sum over all rows is cut into.
 KNOBS = {
     "block": 128,
-    "fwd_k": 64, "fwd_warps": 4, "fwd_stages": 2,
-    "dgrad_k": 64, "dgrad_warps": 4, "dgrad_stages": 2,
-    "wgrad_sums": 8192, "wgrad_block": 64, "wgrad_warps": 4, "wgrad_stages": 2,
+    "fwd_k": 64, "fwd_warps": 4, "fwd_stages": 1,
+    "dgrad_k": 32, "dgrad_warps": 4, "dgrad_stages": 1,
+    "wgrad_sums": 8192, "wgrad_block": 64, "wgrad_warps": 4, "wgrad_stages": 1,
     "programs": 1024,
 }  # fmt: skip
 CANDIDATES = {
@@ -32,12 +32,13 @@ def tiles(rows: int) -> int:
 def convolution(wide_in: int, wide_out: int) -> dict:
     """wide_in, wide_out: columns of the two operands, powers of two."""
     warps = max(KNOBS["fwd_warps"], 8 if wide_out >= 128 else 1)  # or else the sums do not fit the registers
-    return {"BLOCK_K": min(max(wide_in, 32), KNOBS["fwd_k"]), "num_warps": warps, "num_stages": KNOBS["fwd_stages"]}
+    return {"BLOCK_K": KNOBS["fwd_k"], "num_warps": warps, "num_stages": KNOBS["fwd_stages"]}
 
 
 def data_gradient(wide_in: int, wide_out: int) -> dict:
+    # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
     return {
-        "BLOCK_K": min(max(wide_out, 32), KNOBS["dgrad_k"]), "COLUMNS": min(wide_in, 64),
+        "BLOCK_K": wide_out if 16 <= wide_out <= KNOBS["dgrad_k"] else KNOBS["dgrad_k"], "COLUMNS": min(wide_in, 64),
         "num_warps": KNOBS["dgrad_warps"], "num_stages": KNOBS["dgrad_stages"],
     }  # fmt: skip
 
