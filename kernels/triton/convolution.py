@@ -300,7 +300,8 @@ def convolve_fwd(
     """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
     training: statistics (mean_ptr, inverse_ptr, variance_ptr) of the outputs are taken. counters: zeros, one a job."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
-    edges = padded(edges)
+    edges, options = padded(edges), dot_options(out.dtype)
+    options |= tuning.convolution(p_in, edges * p, options["PRECISION"], out.element_size())
     tensors = {
         "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, **statistics, "opened_ptr": opened,
         "counters_ptr": counters, "jobs_ptr": jobs,
@@ -309,7 +310,7 @@ def convolve_fwd(
         convolve_fwd_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
         EDGE=edge, EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c,
         EDGES=edges, NORMALIZE=normalize, STATISTICS=training, P_IN=p_in, P=p, BLOCK=tuning.block(),
-        DTYPE=_TRITON_DTYPE[out.dtype], **dot_options(out.dtype), **tuning.convolution(p_in, edges * p),
+        DTYPE=_TRITON_DTYPE[out.dtype], **options,
     )  # fmt: skip
 
 
@@ -319,8 +320,12 @@ def convolve_dgrad(
     out_size: tuple[int, int], stride: int, x_row: int, dx_row: int, d_row: int, edge: int, weight_row: int, c_in: int,
     c: int, edges: int, normalize: bool, moved: float,
 ):  # fmt: skip
-    p_in, p, m, edges = padded(c_in), padded(c), n * size[0] * size[1], padded(edges)
-    options = tuning.data_gradient(p_in, edges * p)
+    p_in, p, m = padded(c_in), padded(c), n * size[0] * size[1]
+    edges = padded(
+        edges if edges == 1 else max(edges, 16 // p)
+    )  # or else a tap is narrower than a matrix product's step
+    options = dot_options(dx.dtype)
+    options |= tuning.data_gradient(p_in, edges * p, options["PRECISION"], dx.element_size())
     tensors = {
         "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, "sums_ptr": sums,
         "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened, "counters_ptr": counters, "jobs_ptr": jobs,
@@ -330,13 +335,20 @@ def convolve_dgrad(
         convolve_dgrad_kernel, (tuning.tiles(m), len(jobs), pieces(c_in, options["COLUMNS"])), tensors, moved, M=m,
         **_geometry(size, out_size), EDGE=edge, STRIDE=stride, X_ROW=x_row, DX_ROW=dx_row, D_ROW=d_row,
         WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges, NORMALIZE=normalize, P=p, BLOCK=tuning.block(),
-        DTYPE=_TRITON_DTYPE[dx.dtype], **dot_options(dx.dtype), **options,
+        DTYPE=_TRITON_DTYPE[dx.dtype], **options,
     )  # fmt: skip
 
 
-def wgrad_parts(m: int, c_in: int, c: int, edges: int, taps: int, jobs: int) -> int:
+def _wgrad_options(c_in: int, c: int, edges: int, dtype: torch.dtype) -> dict:
+    options = dot_options(dtype)
+    return options | tuning.weight_gradient(
+        padded(c_in), padded(edges) * padded(c), options["PRECISION"], dtype.itemsize
+    )
+
+
+def wgrad_parts(m: int, c_in: int, c: int, edges: int, taps: int, jobs: int, dtype: torch.dtype) -> int:
     """How many parts a weight gradient is cut into, so that its programs fill the chip."""
-    options = tuning.weight_gradient(padded(c_in), padded(edges) * padded(c))
+    options = _wgrad_options(c_in, c, edges, dtype)
     chunks = pieces(taps * padded(c_in), options["BLOCK_K"])
     return max(1, min(pieces(m, options["BLOCK"]), pieces(tuning.KNOBS["programs"], jobs * chunks)))
 
@@ -348,7 +360,7 @@ def convolve_wgrad(
 ):  # fmt: skip
     """Partial gradients, float32, parts of them, distance apart. taps: the most of any job."""
     p_in, p, m, edges = padded(c_in), padded(c), n * out_size[0] * out_size[1], padded(edges)
-    options = tuning.weight_gradient(p_in, edges * p)
+    options = _wgrad_options(c_in, c, edges, x.dtype)
     tensors = {
         "d_ptr": d, "x_ptr": x, "partial_ptr": partial, "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened,
         "jobs_ptr": jobs,
@@ -356,8 +368,7 @@ def convolve_wgrad(
     launch(
         convolve_wgrad_kernel, (parts, len(jobs), pieces(taps * p_in, options["BLOCK_K"])), tensors, moved, M=m,
         **_geometry(size, out_size), EDGE=edge, DISTANCE=distance, STRIDE=stride, X_ROW=x_row, D_ROW=d_row, C_IN=c_in,
-        C=c, EDGES=edges, NORMALIZE=normalize, P_IN=p_in, P=p, DTYPE=_TRITON_DTYPE[x.dtype], **dot_options(x.dtype),
-        **options,
+        C=c, EDGES=edges, NORMALIZE=normalize, P_IN=p_in, P=p, DTYPE=_TRITON_DTYPE[x.dtype], **options,
     )  # fmt: skip
 
 

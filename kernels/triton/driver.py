@@ -18,7 +18,7 @@ from .plan import plan
 def _forward(spec, inputs, alpha, beta, gates, weights, statistics):
     """Returns (output (N, nodes*C, H', W') channels_last, work)."""
     dtype, device = inputs[0].dtype, inputs[0].device
-    p = plan(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]), device)
+    p = plan(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]), device, dtype)
     work = Forward(p, dtype, gates, statistics is None)
     work.mix(alpha, beta)
     if statistics is not None:

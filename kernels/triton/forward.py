@@ -36,6 +36,7 @@ class Forward:
             self.open_on_host = p.open_instances(flat)
         self.bytes = {torch.float32: 4, torch.bfloat16: 2}[dtype]
         self.block = {"C": p.c, "P": padded(p.c), "BLOCK": tuning.block()}
+        self.block |= tuning.elementwise(padded(p.c), self.bytes)
 
     # --- Counting ---
 

@@ -96,7 +96,7 @@ class _Dense(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             jobs = [[e * c_in if own else 0, e * c, e, min(step, edges - e), *geometry, e * each, 0] for e in firsts]
             n, out_size = x.shape[0], ctx.shape["out_size"]
-            parts = wgrad_parts(n * out_size[0] * out_size[1], c_in, c, step, taps, len(jobs))
+            parts = wgrad_parts(n * out_size[0] * out_size[1], c_in, c, step, taps, len(jobs), x.dtype)
             partial = torch.empty(parts, edges * each, device=x.device)
             convolve_wgrad(
                 d, x, partial, none, none, opened, _table(jobs, x.device), **ctx.shape, **common, taps=taps,

@@ -15,9 +15,9 @@ ALWAYS, NEVER = -2, -1  # in the table of what opens a row of the statistics
 class Plan(Layout):
     """A layout with its tables. What a job's columns are, its kernel says."""
 
-    def __init__(self, spec: CellSpec, n: int, size: tuple[int, int], device: torch.device):
+    def __init__(self, spec: CellSpec, n: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype):
         super().__init__(spec, n, size, device)
-        self._tables = {}
+        self.dtype, self._tables = dtype, {}
 
     # --- Tables ---
 
@@ -310,7 +310,7 @@ class Plan(Layout):
 
         def add(which, sources, jobs, edges, taps, distance, m, c_in):
             nonlocal end
-            parts = wgrad_parts(m, c_in, self.c, edges, taps, jobs)
+            parts = wgrad_parts(m, c_in, self.c, edges, taps, jobs, self.dtype)
             launches.append((which, sources, parts, distance, end))
             end += -(-parts * distance // 16) * 16  # aligned, for wide loads
 
@@ -392,5 +392,5 @@ class Plan(Layout):
 
 
 @lru_cache(256)
-def plan(spec: CellSpec, n: int, size: tuple[int, int], device: torch.device) -> Plan:
-    return Plan(spec, n, size, device)
+def plan(spec: CellSpec, n: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Plan:
+    return Plan(spec, n, size, device, dtype)

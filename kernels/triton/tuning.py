@@ -29,23 +29,35 @@ def tiles(rows: int) -> int:
     return -(-rows // block())
 
 
-def convolution(wide_in: int, wide_out: int) -> dict:
-    """wide_in, wide_out: columns of the two operands, powers of two."""
-    warps = max(KNOBS["fwd_warps"], 8 if wide_out >= 128 else 1)  # or else the sums do not fit the registers
-    return {"BLOCK_K": KNOBS["fwd_k"], "num_warps": warps, "num_stages": KNOBS["fwd_stages"]}
+def elementwise(wide: int, size: int) -> dict:
+    """wide: channels of a block, padded; size: bytes of one. More warps before the registers are full."""
+    return {"num_warps": 8 if wide * size >= 64 else 4}
 
 
-def data_gradient(wide_in: int, wide_out: int) -> dict:
+def convolution(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
+    """wide_in, wide_out: columns of the two operands, powers of two. precision: of float32, ``ieee`` or ``tf32``. size:
+    bytes of an element. Exact float32 takes no tensor cores, and four times the registers."""
+    exact = size == 4 and precision == "ieee"
+    warps = 8 if exact or wide_out * size >= (128 if size == 4 else 256) else KNOBS["fwd_warps"]
+    k = KNOBS["fwd_k"] if size == 2 else 32
+    return {"BLOCK_K": k, "num_warps": warps, "num_stages": KNOBS["fwd_stages"]}
+
+
+def data_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
+    k, columns = KNOBS["dgrad_k"], min(wide_in, 64)
+    warps = 8 if size == 4 or columns == 64 else KNOBS["dgrad_warps"]
     return {
-        "BLOCK_K": wide_out if 16 <= wide_out <= KNOBS["dgrad_k"] else KNOBS["dgrad_k"], "COLUMNS": min(wide_in, 64),
-        "num_warps": KNOBS["dgrad_warps"], "num_stages": KNOBS["dgrad_stages"],
+        "BLOCK_K": wide_out if 16 <= wide_out <= k else k, "COLUMNS": columns, "num_warps": warps,
+        "num_stages": KNOBS["dgrad_stages"],
     }  # fmt: skip
 
 
-def weight_gradient(wide_in: int, wide_out: int) -> dict:
+def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     # a program holds BLOCK_K x wide_out sums: 64 registers a thread at 8192 and 4 warps
+    exact = size == 4 and precision == "ieee"
+    sums = KNOBS["wgrad_sums"] // (1 if size == 2 else 4 if exact else 2)
     return {
-        "BLOCK": KNOBS["wgrad_block"], "BLOCK_K": max(16, min(128, max(wide_in, KNOBS["wgrad_sums"] // wide_out))),
-        "num_warps": KNOBS["wgrad_warps"], "num_stages": KNOBS["wgrad_stages"],
+        "BLOCK": 32 if exact else KNOBS["wgrad_block"], "BLOCK_K": max(16, min(128, max(wide_in, sums // wide_out))),
+        "num_warps": 8 if size == 4 else KNOBS["wgrad_warps"], "num_stages": KNOBS["wgrad_stages"],
     }  # fmt: skip
