@@ -45,8 +45,9 @@ def convolution(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
 
 def data_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
-    k, columns = KNOBS["dgrad_k"], min(wide_in, 64)
-    warps = 8 if size == 4 or columns == 64 else KNOBS["dgrad_warps"]
+    k, columns = KNOBS["dgrad_k"] if size == 2 else 16, min(wide_in, 64)
+    exact = size == 4 and precision == "ieee"
+    warps = 8 if columns == 64 or (exact and wide_out >= 128) else KNOBS["dgrad_warps"]
     return {
         "BLOCK_K": wide_out if 16 <= wide_out <= k else k, "COLUMNS": columns, "num_warps": warps,
         "num_stages": KNOBS["dgrad_stages"],
