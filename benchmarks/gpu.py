@@ -157,6 +157,7 @@ def tuning(options):
     """One quantity of the block shapes at a time: the time of a cell, forward and backward, of each third."""
     import torch
     from fpdarts.kernels.triton import tuning as tables
+    from fpdarts.kernels.triton.plan import plan
 
     from benchmarks.cases import Setting, build
     from benchmarks.limits import timed
@@ -172,6 +173,7 @@ def tuning(options):
             times = {}
             for value in values[:1] if options.dry_run else values:
                 tables.KNOBS.update(best | {knob: value})
+                plan.cache_clear()  # its tables hold how sums were cut
                 try:
                     case = build("cell", Side("triton", bf16=not options.dry_run), setting)
                     case.step(0)

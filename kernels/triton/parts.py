@@ -281,14 +281,12 @@ class _Node(torch.autograd.Function):
     def forward(ctx, sizes, coefficients, *terms):
         """sizes: terms of each slice. coefficients: (terms,)."""
         terms = [term.contiguous(memory_format=torch.channels_last) for term in terms]
+        terms = [term.clone() if term.data_ptr() % 16 else term for term in terms]  # aligned, for wide loads
         base, k = terms[0], len(sizes)
         n, c, h, w = base.shape
         m, device = n * h * w, base.device
         # terms are tensors of their own: their places are told as distances from the first
         places = [(term.data_ptr() - base.data_ptr()) // base.element_size() for term in terms]
-        if any(term.data_ptr() % 16 for term in terms):
-            terms = [term.clone() for term in terms]
-            return _Node.forward(ctx, sizes, coefficients, *terms)
         table = [[place, 0, i] for i, place in enumerate(places)]
         starts = [sum(sizes[:s]) for s in range(k + 1)]
         out, state = _new(n, k * c, (h, w), base), torch.empty(k * m * c, dtype=base.dtype, device=device)
