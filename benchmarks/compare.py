@@ -8,7 +8,6 @@ make a pair; told are the median and the range of the pairs' ratios.
 
 import multiprocessing
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -188,13 +187,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    import json
-
-    import tyro
-
-    options = tyro.cli(Options, description=__doc__)
-    try:
-        result = main(options)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"benchmarks.compare: {error}")
-    print(json.dumps(result) if options.json else show(result))
+    report.command("compare", Options, main, lambda result, options: show(result), __doc__)

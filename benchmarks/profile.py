@@ -6,8 +6,6 @@ What PyTorch dispatches is counted as ``benchmarks/counting.py`` says; beside it
 (``benchmarks/work.py``) and the time that a GPU of the given bandwidth and peak needs at least for the counted bytes.
 """
 
-import json
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -150,11 +148,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    options = tyro.cli(Options, description=__doc__)
-    try:
-        result = main(options)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"benchmarks.profile: {error}")
-    print(json.dumps(result) if options.json else show(result, options.top))
+    report.command("profile", Options, main, lambda result, options: show(result, options.top), __doc__)

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,3 +68,18 @@ def write(path: str | Path, result: dict, device: str = "cpu"):
     path = located(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(device), **result}, indent=1) + "\n")
+
+
+def command(name: str, options, main: Callable, show: Callable, description: str):
+    """What ``python -m benchmarks.<name>`` does: parse, run, print, as JSON or for people.
+
+    options: dataclass with a field json. main: of the options, returns the result. show: of (result, options), a text.
+    """
+    import tyro  # here: on a GPU machine that has none, the functions are called directly
+
+    options = tyro.cli(options, description=description)
+    try:
+        result = main(options)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"benchmarks.{name}: {error}")
+    print(json.dumps(result) if options.json else show(result, options))
