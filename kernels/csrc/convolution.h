@@ -1,0 +1,157 @@
+// The inner loops: depthwise and pointwise convolution of rows, and their gradients. Maps are blocked: V channels of a
+// pixel lie together, then the pixels of a row. Rows are computed PIXELS at a time, so that what they write has room for
+// padded(width) pixels, and what they read is zero behind the map's end.
+#pragma once
+
+#include "vector.h"
+
+namespace FPDARTS_ISA {
+
+// out[x] (+)= sum over taps w[tap] * in[x * S + kx * D], one row. FLIP reads the taps backwards, for gradients.
+template <int V, int K, int D, int S, bool FLIP, bool ADD>
+INLINE void depthwise_row(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
+                          float* __restrict out, int width) {
+    for (int x = 0; x < width; x += PIXELS) {
+        Vec<V> sum[PIXELS];
+        UNROLL for (int t = 0; t < PIXELS; t++) sum[t] = ADD ? load<V>(out + (x + t) * V) : Vec<V>{};
+        _Pragma("GCC unroll 1") for (int ky = 0; ky < K; ky++) {
+            const float* row = in + ky * D * pitch + x * S * V;
+            Vec<V> tap[K];
+            UNROLL for (int kx = 0; kx < K; kx++) {
+                const int i = ky * K + kx;
+                tap[kx] = load<V>(w + (FLIP ? K * K - 1 - i : i) * w_step);
+            }
+            UNROLL for (int kx = 0; kx < K; kx++) {
+                UNROLL for (int t = 0; t < PIXELS; t++) sum[t] += tap[kx] * load<V>(row + (t * S + kx * D) * V);
+            }
+        }
+        UNROLL for (int t = 0; t < PIXELS; t++) store<V>(out + (x + t) * V, sum[t]);
+    }
+}
+
+// Gradient of a stride-2 depthwise convolution for input pixels (2y + PY, 2x + PX) of one y: of the taps only those of
+// one parity reach them. Returns false, having written nothing, where none does. d is where (y, 0) lies.
+template <int V, int K, int D, int PY, int PX>
+INLINE bool depthwise_parity_row(const float* __restrict d, long pitch, const float* __restrict w, int w_step,
+                                 float* __restrict out, int width) {
+    constexpr int P = D * (K / 2);
+    if (D == 2 && (PY || PX)) return false;
+    for (int x = 0; x < width; x += PIXELS) {
+        Vec<V> sum[PIXELS];
+        UNROLL for (int t = 0; t < PIXELS; t++) sum[t] = Vec<V>{};
+        UNROLL for (int ky = 0; ky < K; ky++) {
+            if ((PY + P - ky * D) % 2) continue;
+            UNROLL for (int kx = 0; kx < K; kx++) {
+                if ((PX + P - kx * D) % 2) continue;
+                const Vec<V> tap = load<V>(w + (ky * K + kx) * w_step);
+                const float* from = d + (PY + P - ky * D) / 2 * pitch + (x + (PX + P - kx * D) / 2) * V;
+                UNROLL for (int t = 0; t < PIXELS; t++) sum[t] += tap * load<V>(from + t * V);
+            }
+        }
+        UNROLL for (int t = 0; t < PIXELS; t++) store<V>(out + (x + t) * V, sum[t]);
+    }
+    return true;
+}
+
+template <int V, int K, int D, int S, int ROWS>
+INLINE void depthwise_weight_rows(const float* in, long pitch, const float* d, long d_pitch, int height, int width,
+                                  int first, float* out, int out_step) {
+    Vec<V> sum[ROWS * K];
+    UNROLL for (int i = 0; i < ROWS * K; i++) sum[i] = Vec<V>{};
+    in += first * D * pitch;
+    for (int y = 0; y < height; y++) {
+        const float *from = in + y * S * pitch, *g = d + y * d_pitch;
+        for (int x = 0; x < width; x++, from += S * V, g += V) {
+            // The compiler would carry loads over to the next pixel, run out of registers and spill.
+            asm volatile("" : "+r"(from), "+r"(g));
+            const Vec<V> gradient = load<V>(g);
+            UNROLL for (int ky = 0; ky < ROWS; ky++) {
+                UNROLL for (int kx = 0; kx < K; kx++)
+                    sum[ky * K + kx] += gradient * load<V>(from + ky * D * pitch + kx * D * V);
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < ROWS * K; i++) add_to<V>(out + (first * K + i) * out_step, sum[i]);
+}
+
+// out[tap] += sum over a map's pixels of gradient * what the tap saw.
+template <int V, int K, int D, int S>
+INLINE void depthwise_weight(const float* in, long pitch, const float* d, long d_pitch, int height, int width,
+                             float* out, int out_step) {
+    if constexpr (K == 3 || REGISTERS == 32) {
+        depthwise_weight_rows<V, K, D, S, K>(in, pitch, d, d_pitch, height, width, 0, out, out_step);
+    } else {  // 25 sums do not fit 16 registers
+        depthwise_weight_rows<V, K, D, S, 2>(in, pitch, d, d_pitch, height, width, 0, out, out_step);
+        depthwise_weight_rows<V, K, D, S, 2>(in, pitch, d, d_pitch, height, width, 2, out, out_step);
+        depthwise_weight_rows<V, K, D, S, 1>(in, pitch, d, d_pitch, height, width, 4, out, out_step);
+    }
+}
+
+// A row of pixels times a matrix, of which OUT blocks of columns are computed: take(x, block, value) gets each.
+// in: blocks of V inputs `block` apart, in each the pixels `step` apart. w: [column block][input][V], `column` apart.
+template <int V, int OUT, class Take>
+INLINE void pointwise_row(const float* __restrict in, long block, long step, int blocks, const float* __restrict w,
+                          long column, int width, Take&& take) {
+    for (int x = 0; x < width; x += PIXELS) {
+        Vec<V> sum[PIXELS][OUT];
+        UNROLL for (int t = 0; t < PIXELS; t++) {
+            UNROLL for (int o = 0; o < OUT; o++) sum[t][o] = Vec<V>{};
+        }
+        for (int b = 0; b < blocks; b++) {
+            const float *pixel = in + b * block + x * step, *row = w + b * V * V;
+            _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) {
+                Vec<V> weight[OUT];
+                UNROLL for (int o = 0; o < OUT; o++) weight[o] = load<V>(row + o * column + i * V);
+                UNROLL for (int t = 0; t < PIXELS; t++) {
+                    const float value = pixel[t * step + i];
+                    UNROLL for (int o = 0; o < OUT; o++) sum[t][o] += value * weight[o];
+                }
+            }
+        }
+        if (width - x >= PIXELS) {
+            UNROLL for (int t = 0; t < PIXELS; t++) {
+                UNROLL for (int o = 0; o < OUT; o++) take(x + t, o, sum[t][o]);
+            }
+        } else {
+            UNROLL for (int t = 0; t < PIXELS; t++) {
+                if (t < width - x) {
+                    UNROLL for (int o = 0; o < OUT; o++) take(x + t, o, sum[t][o]);
+                }
+            }
+        }
+    }
+}
+
+// All column blocks; take(x, column block, value).
+template <int V, class Take>
+INLINE void pointwise_rows(const float* in, long block, long step, int blocks, const float* w, long column, int columns,
+                           int width, Take&& take) {
+    int o = 0;
+    if constexpr (REGISTERS == 32) {
+        for (; o + 2 <= columns; o += 2)
+            pointwise_row<V, 2>(in, block, step, blocks, w + o * column, column, width,
+                                [&](int x, int i, Vec<V> v) INLINE_LAMBDA { take(x, o + i, v); });
+    }
+    for (; o < columns; o++)
+        pointwise_row<V, 1>(in, block, step, blocks, w + o * column, column, width,
+                            [&](int x, int, Vec<V> v) INLINE_LAMBDA { take(x, o, v); });
+}
+
+// out[input][column] += sum over pixels a[input] * d[column], one block of either.
+template <int V>
+INLINE void outer(const float* __restrict a, long a_step, const float* __restrict d, long d_step, int pixels,
+                  float* __restrict out, long out_step) {
+    constexpr int TOGETHER = REGISTERS == 32 ? V : 8;
+    for (int first = 0; first < V; first += TOGETHER) {
+        Vec<V> sum[TOGETHER];
+        UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] = Vec<V>{};
+        for (int x = 0; x < pixels; x++) {
+            const Vec<V> gradient = load<V>(d + x * d_step);
+            const float* from = a + x * a_step + first;
+            UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] += from[i] * gradient;
+        }
+        UNROLL for (int i = 0; i < TOGETHER; i++) add_to<V>(out + (first + i) * out_step, sum[i]);
+    }
+}
+
+}  // namespace FPDARTS_ISA

@@ -1,0 +1,55 @@
+// The C interface, and the choice of an instruction set.
+#include <cstdlib>
+#include <cstring>
+
+#include "abi.h"
+
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+#define DECLARE(isa)                                     \
+    namespace isa {                                      \
+    int64_t cell_workspace(const CellArguments&);        \
+    int64_t cell_scratch(const CellArguments&);          \
+    void cell_forward(const CellArguments&);             \
+    void cell_backward(const CellArguments&);            \
+    }
+DECLARE(avx2)
+DECLARE(avx512)
+
+namespace {
+
+struct Kernels {
+    const char* name;
+    int64_t (*workspace)(const CellArguments&);
+    int64_t (*scratch)(const CellArguments&);
+    void (*forward)(const CellArguments&);
+    void (*backward)(const CellArguments&);
+};
+
+#define KERNELS(isa) {#isa, isa::cell_workspace, isa::cell_scratch, isa::cell_forward, isa::cell_backward}
+
+const Kernels* choose() {
+    static const Kernels wide = KERNELS(avx512), narrow = KERNELS(avx2);
+    const char* wanted = std::getenv("FPDARTS_NATIVE_ISA");  // avx2 keeps a machine with AVX-512 from using it
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && !(wanted && !std::strcmp(wanted, "avx2"))) return &wide;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &narrow;
+    return nullptr;
+}
+
+const Kernels* const kernels = choose();
+
+}  // namespace
+
+EXPORT int64_t fpdarts_abi() { return FPDARTS_ABI; }
+EXPORT const char* fpdarts_isa() { return kernels ? kernels->name : ""; }  // empty: no kernels for this processor
+EXPORT int64_t fpdarts_cell_workspace(const CellArguments* a) { return kernels->workspace(*a); }
+EXPORT int64_t fpdarts_cell_scratch(const CellArguments* a) { return kernels->scratch(*a); }
+EXPORT void fpdarts_cell_forward(const CellArguments* a) { kernels->forward(*a); }
+EXPORT void fpdarts_cell_backward(const CellArguments* a) { kernels->backward(*a); }

@@ -1,0 +1,354 @@
+// A cell's forward. Source by source: its state (normalized inputs, or a node's sum), poolings and first stages of all
+// edges that leave it, second stages; then the last node. Nothing normalized but the states is ever stored.
+#pragma once
+
+#include "engine.h"
+
+namespace FPDARTS_ISA {
+
+template <int V> class Forward : Engine<V> {
+    using Base = Engine<V>;
+    using Base::a, Base::l, Base::training, Base::threads;
+    using typename Base::Dense;
+
+   public:
+    explicit Forward(const CellArguments& arguments)
+        : Base(arguments, !arguments.given_mean), moments(threads, l.rows, l.lanes) {}
+
+    void run() {
+        if (training) std::fill_n(a.updated, l.rows, 0.0f);
+        else take_given();
+        preprocess();
+        for (int source = 0; source <= l.nodes; source++) {
+            first_stages(source);
+            second_stages(source);
+        }
+        const Sum sum = node_sum(l.nodes - 1);
+        for_images(l.n, threads, [&](int) {
+            float* parts = arena().take(l.slices * CHUNK * V);
+            return [&, parts](int image) { node(l.nodes - 1, sum, image, parts); };
+        });
+    }
+
+   private:
+    Moments moments;
+
+    void take_given() {
+        for (int row = 0; row < l.rows; row++)
+            for (int k = 0; k < l.lanes; k++) {
+                const bool real = k < l.c;
+                a.work[l.mean(row) + k] = real ? a.given_mean[row * l.c + k] : 0;
+                const double variance = real ? a.given_variance[row * l.c + k] : 1;
+                a.work[l.inverse(row) + k] = 1 / std::sqrt(variance + EPSILON);
+            }
+    }
+
+    // The batch's statistics of a row, once all images have been seen.
+    void finish(int row) {
+        if (!training) return;
+        a.updated[row] = 1;
+        moments.each(row, [&](int k, double mean, double m2, double count) {
+            a.work[l.mean(row) + k] = mean;
+            a.work[l.inverse(row) + k] = 1 / std::sqrt(m2 / count + EPSILON);
+            if (k < l.c) {
+                a.mean[row * l.c + k] = mean;
+                a.variance[row * l.c + k] = m2 / (count - 1);
+            }
+        });
+    }
+
+    void merge(int thread, int row, int block, const MapSums<V>& sums, int count) {
+        moments.template merge<V>(thread, row, block, sums.shift, sums.sum, sums.squares, count);
+    }
+
+    void preprocess() {
+        for (int i = 0; i < 2; i++) {
+            const Dense d = this->preprocess_dense(i);
+            const auto matrix = d.matrix(a.weights[l.preprocess_weight[i]], a.weights[l.preprocess_weight[i] + d.two]);
+            std::vector<float> w(PackedWeights<V>::matrix_size(d.rows, d.columns));
+            PackedWeights<V>::matrix(matrix.data(), d.rows, d.columns, false, w.data());
+            for_images(l.n, threads, [&](int thread) {
+                float* pixels = arena().take(CHUNK * d.rows);
+                MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(d.columns * 3));
+                return [&, pixels, sums, thread](int image) {
+                    const auto gather = [&](int first, int count) {
+                        this->gather_input(d, i, image, first, count, pixels);
+                    };
+                    dense(d, w.data(), l.pixels, i * l.slices, image, thread, pixels, sums, gather);
+                };
+            });
+            for (int s = 0; s < l.slices; s++) finish(i * l.slices + s);
+        }
+    }
+
+    // One image's matrix products, into the planes of `row` and the rows behind it.
+    template <class Gather>
+    void dense(const Dense& d, const float* w, int map, int row, int image, int thread, float* pixels,
+               MapSums<V>* sums, Gather&& gather) {
+        for (int first = 0; first < map; first += CHUNK) {
+            const int count = std::min(CHUNK, map - first);
+            gather(first, count);
+            const auto to = [&](int column) {
+                return a.work + l.raw(row + column / l.blocks) + l.image(image, map) +
+                       (int64_t(column % l.blocks) * map + first) * V;
+            };
+            pointwise_rows<V>(pixels, V, d.rows, d.rows / V, w, long(d.rows) * V, d.columns / V, count,
+                              [&](int x, int column, Vec<V> v) { store<V>(to(column) + x * V, v); });
+            if (!training) continue;
+            for (int column = 0; column < d.columns / V; column++) {
+                if (first == 0) sums[column].begin(load<V>(to(column)));
+                sums[column].row(to(column), count);
+            }
+        }
+        if (!training) return;
+        for (int column = 0; column < d.columns / V; column++)
+            merge(thread, row + column / l.blocks, column % l.blocks, sums[column], map);
+    }
+
+    // A stage of one edge and image: depthwise and pointwise, row by row.
+    template <int K, int D, int S>
+    void stage(const float* tile, const Tile& t, const float* depthwise, const float* pointwise, int row, int image,
+               int thread, float* line, MapSums<V>* sums) {
+        const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = l.lanes;
+        float* out = a.work + l.raw(row) + l.image(image, height * width);
+        for (int y = 0; y < height; y++) {
+            for (int b = 0; b < l.blocks; b++)
+                depthwise_row<V, K, D, S, false, false>(
+                    tile + (int64_t(b) * t.pixels() + t.at(y * S, D * (K / 2))) * V, long(t.pitch) * V,
+                    depthwise + b * V, lanes, line + b * wide * V, width);
+            float* to = out + int64_t(y) * width * V;
+            const int64_t block = int64_t(height) * width * V;
+            pointwise_rows<V>(line, wide * V, V, l.blocks, pointwise, lanes * V, l.blocks, width,
+                              [=](int x, int o, Vec<V> v) { store<V>(to + o * block + x * V, v); });
+            if (!training) continue;
+            for (int b = 0; b < l.blocks; b++) {
+                if (y == 0) sums[b].begin(load<V>(to + b * block));
+                sums[b].row(to + b * block, width);
+            }
+        }
+        if (!training) return;
+        for (int b = 0; b < l.blocks; b++) merge(thread, row, b, sums[b], height * width);
+    }
+
+    void first_stages(int source) {
+        const int stride = l.stride(source), height = l.size_of(source)[0], width = l.size_of(source)[1];
+        const Tile t(height, width, MARGIN, stride), around(height, width, 1, 1);
+        struct Used {
+            const Operation* o;
+            std::vector<float> depthwise, pointwise;
+        };
+        std::vector<Used> used;
+        std::vector<float> skip_weights;
+        const Dense skip = this->skip_dense();
+        for (const Operation& o : l.operations) {
+            if (!this->is_used(o, source)) continue;
+            if (o.kind == CONVOLUTION) used.push_back({&o, this->depthwise(o, 0), this->pointwise(o, 0, false)});
+            else used.push_back({&o, {}, {}});
+            if (o.kind == SKIP && stride == 2) skip_weights = this->skip_matrices(o, skip, false);
+        }
+        const Sum sum = source < 2 ? Sum() : node_sum(source - 2);
+
+        for_images(l.n, threads, [&](int thread) {
+            float* parts = arena().take(l.slices * CHUNK * V);
+            float* tile = arena().take(l.blocks * t.pixels() * V);
+            float* pooled = arena().take(around.pixels() * V);
+            float* line = arena().take(l.blocks * padded(width) * V);
+            float* pixels = arena().take(CHUNK * skip.rows);
+            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
+            return [&, parts, tile, pooled, line, pixels, sums, thread](int image) {
+                if (source < 2) normalize_input(source, image);
+                else node(source - 2, sum, image, parts);
+                for (int slice = 0; slice < l.slices; slice++) {
+                    const float* map = a.work + l.state(source, slice) + l.image(image, height * width);
+                    if (stride == 2) halve(source, slice, map, image);
+                    bool filled = false;
+                    for (const Used& u : used) {
+                        if (u.o->path != slice) continue;
+                        if (u.o->kind == MAXIMUM || u.o->kind == AVERAGE)
+                            pool(*u.o, source, map, around, image, thread, pooled);
+                        if (u.o->kind != CONVOLUTION && !(u.o->kind == SKIP && stride == 2)) continue;
+                        if (u.o->kind == CONVOLUTION && !filled) this->fill(tile, t, map, nullptr, nullptr), filled = true;
+                        for (int row : l.leaving[source]) {
+                            const Edge& e = l.edges[row];
+                            if (!this->is_open(e, slice)) continue;
+                            if (u.o->kind == SKIP) {
+                                const auto gather = [&](int first, int count) {
+                                    this->gather_skip(map, height, width, first, count, pixels);
+                                };
+                                const size_t each = skip_weights.size() / l.strided;
+                                dense(skip, &skip_weights[each * row], l.out_pixels, u.o->row[0] + row, image, thread,
+                                      pixels, sums, gather);
+                                continue;
+                            }
+                            this->specialized(*u.o, stride, [&](auto k, auto d, auto s) {
+                                stage<k, d, s>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes],
+                                               &u.pointwise[u.pointwise.size() / l.edges.size() * row],
+                                               u.o->row[0] + row, image, thread, line, sums);
+                            });
+                        }
+                    }
+                }
+            };
+        });
+        for (const Used& u : used) {
+            if (u.o->kind == MAXIMUM || u.o->kind == AVERAGE) finish(u.o->row[0] + source);
+            if (u.o->kind != CONVOLUTION && !(u.o->kind == SKIP && stride == 2)) continue;
+            for (int row : l.leaving[source])
+                if (this->is_open(l.edges[row], u.o->path)) finish(u.o->row[0] + row);
+        }
+    }
+
+    void normalize_input(int source, int image) {
+        for (int s = 0; s < l.slices; s++) {
+            const int row = source * l.slices + s;
+            const float* from = a.work + l.raw(row) + l.image(image, l.pixels);
+            float* to = a.work + l.state(source, s) + l.image(image, l.pixels);
+            for (int b = 0; b < l.blocks; b++) {
+                const Vec<V> mean = load<V>(a.work + l.mean(row) + b * V);
+                const Vec<V> inverse = load<V>(a.work + l.inverse(row) + b * V);
+                for (int i = 0; i < l.pixels; i++, from += V, to += V) store<V>(to, (load<V>(from) - mean) * inverse);
+            }
+        }
+    }
+
+    void halve(int source, int slice, const float* map, int image) {
+        bool needed = false;
+        for (int row : l.leaving[source]) needed |= this->passes(l.edges[row], slice);
+        if (!needed) return;
+        float* to = a.work + l.bypass(source, slice) + l.image(image, l.out_pixels);
+        for (int b = 0; b < l.blocks; b++)
+            halve_map<V>(map + int64_t(b) * l.pixels * V, l.size[0], l.size[1], to + int64_t(b) * l.out_pixels * V);
+    }
+
+    void pool(const Operation& o, int source, const float* map, const Tile& t, int image, int thread, float* tile) {
+        const bool max = o.kind == MAXIMUM;
+        std::fill_n(tile, t.pixels() * V, max ? -FLT_MAX : 0.0f);
+        float* out = a.work + l.raw(o.row[0] + source) + l.image(image, l.out_pixels);
+        for (int b = 0; b < l.blocks; b++, out += int64_t(l.out_pixels) * V) {
+            this->copy_into(tile, t, map + int64_t(b) * l.pixels_of(source) * V);
+            if (max) pool_map<V, true>(tile, t, l.stride(source), out);
+            else pool_map<V, false>(tile, t, l.stride(source), out);
+            if (!training) continue;
+            MapSums<V> sums;
+            sums.begin(load<V>(out));
+            for (int y = 0; y < l.out_size[0]; y++) sums.row(out + int64_t(y) * l.out_size[1] * V, l.out_size[1]);
+            merge(thread, o.row[0] + source, b, sums, l.out_pixels);
+        }
+    }
+
+    void second_stages(int source) {
+        const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
+        struct Used {
+            const Operation* o;
+            std::vector<float> depthwise, pointwise;
+        };
+        std::vector<Used> used;
+        for (const Operation& o : l.operations)
+            if (o.kind == CONVOLUTION && o.stages == 2 && this->is_used(o, source))
+                used.push_back({&o, this->depthwise(o, 1), this->pointwise(o, 1, false)});
+        if (used.empty()) return;
+        for_images(l.n, threads, [&](int thread) {
+            float* tile = arena().take(l.blocks * t.pixels() * V);
+            float* line = arena().take(l.blocks * padded(t.width) * V);
+            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
+            return [&, tile, line, sums, thread](int image) {
+                for (const Used& u : used)
+                    for (int row : l.leaving[source]) {
+                        if (!this->is_open(l.edges[row], u.o->path)) continue;
+                        const int before = u.o->row[0] + row;
+                        this->fill(tile, t, a.work + l.raw(before) + l.image(image, l.out_pixels), a.work + l.mean(before),
+                             a.work + l.inverse(before));
+                        this->specialized(*u.o, 1, [&](auto k, auto d, auto) {
+                            stage<k, d, 1>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes],
+                                           &u.pointwise[u.pointwise.size() / l.edges.size() * row], u.o->row[1] + row,
+                                           image, thread, line, sums);
+                        });
+                    }
+            };
+        });
+        for (const Used& u : used)
+            for (int row : l.leaving[source])
+                if (this->is_open(l.edges[row], u.o->path)) finish(u.o->row[1] + row);
+    }
+
+    // A node as weighted planes: of each slice (plane, a coefficient a channel), and what normalization subtracts.
+    struct Sum {
+        std::vector<std::vector<int64_t>> planes;    // [slice]
+        std::vector<std::vector<float>> factors;     // [slice][term][lanes]
+        std::vector<std::vector<float>> offset;      // [slice][lanes]
+    };
+    Sum node_sum(int node) {
+        Sum sum;
+        sum.planes.resize(l.slices), sum.factors.resize(l.slices);
+        std::vector<std::vector<double>> offset(l.slices, std::vector<double>(l.lanes));
+        for (int row : l.into[node]) {
+            const Edge& e = l.edges[row];
+            for (int s = 0; s < l.slices; s++)
+                if (this->passes(e, s)) {
+                    sum.planes[s].push_back(l.bypass(e.source, s));
+                    sum.factors[s].insert(sum.factors[s].end(), l.lanes, this->through[row * l.slices + s]);
+                }
+            for (size_t i = 0; i < l.operations.size(); i++) {
+                const Operation& o = l.operations[i];
+                const int result = l.result_row(o, e);
+                if (result < 0 || !this->is_open(e, o.path)) continue;
+                sum.planes[o.path].push_back(l.raw(result));
+                for (int k = 0; k < l.lanes; k++) {
+                    const float factor = this->scale_of(e, i) * a.work[l.inverse(result) + k];
+                    sum.factors[o.path].push_back(factor);
+                    offset[o.path][k] -= double(factor) * a.work[l.mean(result) + k];
+                }
+            }
+        }
+        for (auto& one : offset) sum.offset.emplace_back(one.begin(), one.end());
+        return sum;
+    }
+
+    // One image of a node: its slices, for the edges that leave it, and its channels of the output.
+    void node(int node, const Sum& sum, int image, float* parts) {
+        const int map = l.out_pixels, wide = l.nodes * l.shape.channels;
+        const bool last = node == l.nodes - 1;
+        for (int b = 0; b < l.blocks; b++)
+            for (int first = 0; first < map; first += CHUNK) {
+                const int count = std::min(CHUNK, map - first);
+                const int64_t at = l.image(image, map) + (int64_t(b) * map + first) * V;
+                for (int s = 0; s < l.slices; s++) {
+                    float* part = parts + s * CHUNK * V;
+                    add_terms(sum, s, b, at, count, part);
+                    if (!last) std::copy_n(part, count * V, a.work + l.state(node + 2, s) + at);
+                }
+                float* out = a.out + (int64_t(image) * map + first) * wide + node * l.shape.channels;
+                for (int i = 0; i < count; i++)
+                    shuffle_pixel<V>(parts + i * V, CHUNK * V, l.slices, b, l.c, out + int64_t(i) * wide);
+            }
+    }
+
+    INLINE void add_terms(const Sum& sum, int slice, int block, int64_t at, int count, float* out) {
+        const auto& planes = sum.planes[slice];
+        const float* factors = sum.factors[slice].data() + block * V;
+        const Vec<V> offset = load<V>(&sum.offset[slice][block * V]);
+        const int terms = planes.size();
+        for (int i = 0; i < count; i++) store<V>(out + i * V, offset);
+        int t = 0;
+        for (; t + 4 <= terms; t += 4) {
+            const float* from[4];
+            Vec<V> factor[4];
+            UNROLL for (int k = 0; k < 4; k++) {
+                from[k] = a.work + planes[t + k] + at;
+                factor[k] = load<V>(factors + (t + k) * l.lanes);
+            }
+            for (int i = 0; i < count; i++) {
+                Vec<V> total = load<V>(out + i * V);
+                UNROLL for (int k = 0; k < 4; k++) total += factor[k] * load<V>(from[k] + i * V);
+                store<V>(out + i * V, total);
+            }
+        }
+        for (; t < terms; t++) {
+            const float* from = a.work + planes[t] + at;
+            const Vec<V> factor = load<V>(factors + t * l.lanes);
+            for (int i = 0; i < count; i++) add_to<V>(out + i * V, factor * load<V>(from + i * V));
+        }
+    }
+};
+
+}  // namespace FPDARTS_ISA

@@ -1,0 +1,182 @@
+// Whole maps of one image and block: tiles with a margin, poolings, and the channel shuffle.
+#pragma once
+
+#include <cfloat>
+#include <vector>
+
+#include "convolution.h"
+
+namespace FPDARTS_ISA {
+
+// A map with a margin that stays zero. Rows are wide enough for what depthwise_row reads at either stride.
+struct Tile {
+    int height, width, pitch;  // pitch in pixels
+    Tile(int height, int width, int margin, int stride)
+        : height(height), width(width), pitch(padded(divide_up(width, stride)) * stride + 2 * margin), margin(margin) {}
+    int margin;
+    int pixels() const { return (height + 2 * margin) * pitch; }
+    // Where a convolution that reaches `reach` pixels around reads row y from.
+    long at(int y, int reach) const { return long(y + margin - reach) * pitch + margin - reach; }
+};
+
+// Scratch memory of a thread; its pages are touched once, not at every call.
+class Arena {
+   public:
+    // Begins anew; what was taken before is void.
+    void reset() { next = 0; }
+    // Zeros. Pieces of one phase are asked for in one order, so that each meets its memory of the time before.
+    float* take(size_t floats) {
+        if (next == pieces.size()) pieces.emplace_back();
+        std::vector<float>& piece = pieces[next++];
+        piece.assign(floats + 16, 0.0f);
+        return piece.data() + (64 - reinterpret_cast<uintptr_t>(piece.data()) % 64) % 64 / 4;
+    }
+
+   private:
+    std::vector<std::vector<float>> pieces;
+    size_t next = 0;
+};
+
+inline Arena& arena() {
+    static thread_local Arena own;
+    return own;
+}
+
+INLINE int valid(int i, int size) { return 3 - (i == 0) - (i == size - 1); }
+
+// 3x3 pooling of a tile with a margin of 1, filled with -FLT_MAX (maximum) or 0 (average).
+template <int V, bool MAX> void pool_map(const float* tile, const Tile& t, int stride, float* out) {
+    const long pitch = long(t.pitch) * V;
+    for (int y = 0; y < t.height; y += stride) {
+        for (int x = 0; x < t.width; x += stride, out += V) {
+            const float* from = tile + y * pitch + x * V;
+            Vec<V> value = load<V>(from);
+            UNROLL for (int k = 1; k < 9; k++) {
+                const Vec<V> tap = load<V>(from + k / 3 * pitch + k % 3 * V);
+                value = MAX ? maximum<V>(value, tap) : value + tap;
+            }
+            if (!MAX) value *= 1.0f / (valid(y, t.height) * valid(x, t.width));
+            store<V>(out, value);
+        }
+    }
+}
+
+// Adds the gradient of pool_map to `d`, a tile of the same form. d_out(i): gradient of output pixel i. The first of
+// equal maxima gets it, as in PyTorch.
+template <int V, bool MAX, class Gradient>
+void pool_map_backward(const float* tile, const float* out, const Tile& t, int stride, float* d, Gradient&& d_out) {
+    const long pitch = long(t.pitch) * V;
+    for (int y = 0, i = 0; y < t.height; y += stride) {
+        for (int x = 0; x < t.width; x += stride, i++) {
+            float* to = d + y * pitch + x * V;
+            Vec<V> gradient = d_out(i);
+            if (MAX) {
+                const float* from = tile + y * pitch + x * V;
+                const Vec<V> value = load<V>(out + i * V);
+                UNROLL for (int k = 0; k < 9; k++) {
+                    const long tap = k / 3 * pitch + k % 3 * V;
+                    const auto here = load<V>(from + tap) == value;
+                    add_to<V>(to + tap, here ? gradient : Vec<V>{});
+                    gradient = here ? Vec<V>{} : gradient;
+                }
+            } else {
+                gradient *= 1.0f / (valid(y, t.height) * valid(x, t.width));
+                UNROLL for (int k = 0; k < 9; k++) add_to<V>(to + k / 3 * pitch + k % 3 * V, gradient);
+            }
+        }
+    }
+}
+
+// 2x2 maximum at stride 2 of a plain map, and its gradient into a plain map.
+template <int V> void halve_map(const float* in, int height, int width, float* out) {
+    for (int y = 0; y < height; y += 2)
+        for (int x = 0; x < width; x += 2, out += V) {
+            const float *a = in + (y * width + x) * V, *b = a + width * V;
+            store<V>(out, maximum<V>(maximum<V>(load<V>(a), load<V>(a + V)), maximum<V>(load<V>(b), load<V>(b + V))));
+        }
+}
+
+template <int V, class Gradient>
+void halve_map_backward(const float* in, const float* out, int height, int width, float* d, long d_pitch,
+                        Gradient&& d_out) {
+    for (int y = 0, i = 0; y < height; y += 2)
+        for (int x = 0; x < width; x += 2, i++) {
+            Vec<V> gradient = d_out(i);
+            const Vec<V> value = load<V>(out + i * V);
+            UNROLL for (int k = 0; k < 4; k++) {
+                const auto here = load<V>(in + ((y + k / 2) * width + x + k % 2) * V) == value;
+                add_to<V>(d + (y + k / 2) * d_pitch + (x + k % 2) * V, here ? gradient : Vec<V>{});
+                gradient = here ? Vec<V>{} : gradient;
+            }
+        }
+}
+
+template <int V> struct Indices;
+template <> struct Indices<8> { typedef int type __attribute__((vector_size(32))); };
+template <> struct Indices<16> { typedef int type __attribute__((vector_size(64))); };
+
+// Lanes of a and, from V on, of b.
+template <int V> INLINE Vec<V> pick(Vec<V> a, Vec<V> b, typename Indices<V>::type lanes) {
+#ifdef __clang__
+    Vec<V> out;
+    for (int i = 0; i < V; i++) out[i] = lanes[i] < V ? a[lanes[i]] : b[lanes[i] - V];
+    return out;
+#else
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// (a, b) -> a0 b0 a1 b1 .., in two vectors, and back.
+template <int V> INLINE void interleave(Vec<V>& a, Vec<V>& b) {
+    typename Indices<V>::type low, high;
+    UNROLL for (int i = 0; i < V; i++) low[i] = i / 2 + i % 2 * V, high[i] = low[i] + V / 2;
+    const Vec<V> first = pick<V>(a, b, low);
+    b = pick<V>(a, b, high), a = first;
+}
+template <int V> INLINE void separate(Vec<V>& a, Vec<V>& b) {
+    typename Indices<V>::type even, odd;
+    UNROLL for (int i = 0; i < V; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    const Vec<V> first = pick<V>(a, b, even);
+    b = pick<V>(a, b, odd), a = first;
+}
+
+// A pixel's slices -> its channels in shuffled order, out[K * channel + slice], of block `block` of c channels; or back.
+// slices: K rows of `step` floats apart. `wide`: K * c channels of the pixel.
+template <int V> INLINE void shuffle_pixel(const float* slices, long step, int count, int block, int c, float* wide) {
+    float* to = wide + count * block * V;
+    if (count == 2 && (block + 1) * V <= c) {
+        Vec<V> a = load<V>(slices), b = load<V>(slices + step);
+        interleave<V>(a, b);
+        store<V>(to, a), store<V>(to + V, b);
+    } else if (count == 4 && (block + 1) * V <= c) {
+        Vec<V> s[4];
+        UNROLL for (int i = 0; i < 4; i++) s[i] = load<V>(slices + i * step);
+        interleave<V>(s[0], s[2]), interleave<V>(s[1], s[3]);
+        interleave<V>(s[0], s[1]), interleave<V>(s[2], s[3]);
+        UNROLL for (int i = 0; i < 4; i++) store<V>(to + i * V, s[i]);
+    } else {
+        for (int l = 0; l < std::min(V, c - block * V); l++)
+            for (int s = 0; s < count; s++) to[count * l + s] = slices[s * step + l];
+    }
+}
+template <int V> INLINE void unshuffle_pixel(const float* wide, int count, int block, int c, float* slices, long step) {
+    const float* from = wide + count * block * V;
+    if (count == 2 && (block + 1) * V <= c) {
+        Vec<V> a = load<V>(from), b = load<V>(from + V);
+        separate<V>(a, b);
+        store<V>(slices, a), store<V>(slices + step, b);
+    } else if (count == 4 && (block + 1) * V <= c) {
+        Vec<V> s[4];
+        UNROLL for (int i = 0; i < 4; i++) s[i] = load<V>(from + i * V);
+        separate<V>(s[0], s[1]), separate<V>(s[2], s[3]);
+        separate<V>(s[0], s[2]), separate<V>(s[1], s[3]);
+        UNROLL for (int i = 0; i < 4; i++) store<V>(slices + i * step, s[i]);
+    } else {
+        for (int s = 0; s < count; s++) {
+            store<V>(slices + s * step, Vec<V>{});
+            for (int l = 0; l < std::min(V, c - block * V); l++) slices[s * step + l] = from[count * l + s];
+        }
+    }
+}
+
+}  // namespace FPDARTS_ISA

@@ -1,0 +1,83 @@
+"""The compiled library: found, checked and loaded once; its functions, and memory of its own.
+
+Fields of ``CellArguments`` mirror kernels/csrc/abi.h, where they are explained.
+"""
+
+import ctypes
+import os
+import weakref
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1
+NAME = "libfpdarts_kernels.so"
+_PROCESS = os.getpid()  # where OpenMP's threads live
+
+_pointer, _integer = ctypes.c_void_p, ctypes.c_int64
+
+
+class CellArguments(ctypes.Structure):
+    _fields_ = [
+        ("geometry", _pointer),
+        ("threads", _integer),
+        ("x", _pointer * 2),
+        ("weights", _pointer),
+        *((name, _pointer) for name in ("alpha", "beta", "gates", "given_mean", "given_variance", "work")),
+        *((name, _pointer) for name in ("out", "mean", "variance", "updated", "d_out", "scratch")),
+        ("d_x", _pointer * 2),
+        *((name, _pointer) for name in ("d_weights", "d_alpha", "d_beta")),
+    ]
+
+
+class LibraryError(RuntimeError):
+    """The library cannot be used here; the message says why and what to do."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Raises LibraryError."""
+    path = Path(__file__).parent / NAME
+    if not path.is_file():
+        raise LibraryError(
+            "they were not built when fpdarts was installed (a C++17 compiler is needed); install one, such as "
+            "g++, and install fpdarts again, or use --kernels reference"
+        )
+    try:
+        lib = ctypes.CDLL(str(path))
+        version = lib.fpdarts_abi()
+    except (OSError, AttributeError) as error:
+        raise LibraryError(f"{path} cannot be loaded ({error}); install fpdarts again") from None
+    if version != ABI:
+        raise LibraryError(f"{path} was built from another version of the sources; install fpdarts again")
+    lib.fpdarts_isa.restype = ctypes.c_char_p
+    if not lib.fpdarts_isa():
+        raise LibraryError("this processor has no AVX2; use --kernels reference")
+    for name in ("workspace", "scratch"):
+        getattr(lib, f"fpdarts_cell_{name}").restype = _integer
+    for name in ("workspace", "scratch", "forward", "backward"):
+        getattr(lib, f"fpdarts_cell_{name}").argtypes = [ctypes.POINTER(CellArguments)]
+    lib.fpdarts_allocate.argtypes, lib.fpdarts_allocate.restype = [_integer], _pointer
+    lib.fpdarts_release.argtypes, lib.fpdarts_release.restype = [_pointer], None
+    return lib
+
+
+def threads() -> int:
+    """As many as PyTorch uses; one in a forked process, where OpenMP has no threads and would wait for them forever."""
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
+
+
+def memory(floats: int) -> Tensor:
+    """(floats,) float32, not initialized, from memory that is kept for the next one when the tensor is gone.
+
+    Raises MemoryError.
+    """
+    lib = library()
+    address = lib.fpdarts_allocate(4 * floats)
+    if not address:
+        raise MemoryError(f"no {4 * floats / 2**30:.2f} GiB for a cell's workspace; use a smaller batch")
+    buffer = (ctypes.c_float * floats).from_address(address)
+    weakref.finalize(buffer, lib.fpdarts_release, address).atexit = False
+    return torch.frombuffer(buffer, dtype=torch.float32)  # keeps the buffer as long as any view lives

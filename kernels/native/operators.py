@@ -1,0 +1,176 @@
+"""A cell as a PyTorch operator: its forward and backward are one call of the library each.
+
+torch.library is told shapes and derivatives, so that torch.compile takes a cell as it is.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import Statistics
+from ..spec import OPERATIONS, CellSpec
+from .library import CellArguments, library, memory, threads
+
+_KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
+_CONVOLUTION = 4
+
+
+def _geometry(spec: CellSpec, n: int, size: tuple[int, int]) -> list[int]:
+    """Shape in cell.h, then the operations; ``size`` of input 1."""
+    fields = [n, *size, spec.channels, spec.partial, spec.nodes, spec.reduction, spec.factorized_input]
+    fields += [*spec.input_channels, len(spec.operations)]
+    for name, path in zip(spec.operations, spec.path_of_operation):
+        operation = OPERATIONS[name]
+        kind = _KINDS.get(name, _CONVOLUTION)
+        fields += [kind, operation.kernel_size, operation.dilation, operation.stages, path]
+    return [int(field) for field in fields]
+
+
+def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
+    n, height, width, channels, _, nodes, reduction = geometry[:7]
+    stride = 2 if reduction else 1
+    return n, nodes * channels, height // stride, width // stride
+
+
+def _pointers(tensors):
+    return (ctypes.c_void_p * max(1, len(tensors)))(*(None if t is None else t.data_ptr() for t in tensors))
+
+
+def _address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _arguments(geometry, inputs, weights, alpha, beta, gates, statistics, **more):
+    """CellArguments; what they point to must live as long as they do, so it is kept with them."""
+    keep = (ctypes.c_int64 * len(geometry))(*geometry), _pointers(inputs), _pointers(weights)
+    arguments = CellArguments(
+        ctypes.addressof(keep[0]), threads(), keep[1], ctypes.addressof(keep[2]), _address(alpha), _address(beta),
+        _address(gates), *(_address(table) for table in statistics), **more,
+    )  # fmt: skip
+    arguments.keep = keep
+    return arguments
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("fpdarts::cell", mutates_args=(), device_types="cpu")
+def _cell(
+    geometry: list[int],
+    rows: list[int],
+    x0: Tensor,
+    x1: Tensor,
+    weights: list[Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+    gates: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, batch mean, batch variance, updated, work). rows: (statistics rows, c)."""
+    lib = library()
+    inputs = [_channels_last(x) for x in (x0, x1)]
+    weights = [weight.contiguous() for weight in weights]
+    out = torch.empty(_out_shape(geometry), memory_format=torch.channels_last)
+    batch = [torch.zeros(rows), torch.zeros(rows), torch.zeros(rows[0], 1)]
+    arguments = _arguments(geometry, inputs, weights, alpha, beta, gates, (mean, variance))
+    work = memory(lib.fpdarts_cell_workspace(arguments))
+    arguments.work, arguments.out = work.data_ptr(), out.data_ptr()
+    arguments.mean, arguments.variance, arguments.updated = (table.data_ptr() for table in batch)
+    lib.fpdarts_cell_forward(arguments)
+    return out, *batch, work
+
+
+@_cell.register_fake
+def _(geometry, rows, x0, x1, weights, alpha, beta, gates, mean, variance):
+    out = x0.new_empty(_out_shape(geometry)).contiguous(memory_format=torch.channels_last)
+    size = torch.library.get_ctx().new_dynamic_size()  # depends on the processor's vectors
+    return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(rows[0], 1), x0.new_empty(size)
+
+
+@torch.library.custom_op("fpdarts::cell_backward", mutates_args=(), device_types="cpu")
+def _cell_backward(
+    geometry: list[int],
+    need: list[bool],
+    d_out: Tensor,
+    x0: Tensor,
+    x1: Tensor,
+    weights: list[Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+    gates: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    work: Tensor,
+) -> list[Tensor]:
+    """Gradients of x0, x1, alpha, beta and of each weight; empty where not needed.
+
+    need: of x0, of x1, of alpha and beta, of the weights.
+    """
+    lib = library()
+    inputs = [_channels_last(x) for x in (x0, x1)]
+    weights = [weight.contiguous() for weight in weights]
+    d_out = _channels_last(d_out)
+    none = torch.empty(0)
+    d_x = [torch.empty_like(x) if wanted else none for x, wanted in zip(inputs, need)]
+    d_mix = [torch.empty_like(tensor) if need[2] else none for tensor in (alpha, beta)]
+    d_weights = [torch.empty_like(weight) if need[3] else none for weight in weights]
+    arguments = _arguments(geometry, inputs, weights, alpha, beta, gates, (mean, variance), work=work.data_ptr())
+    scratch = memory(lib.fpdarts_cell_scratch(arguments))
+    arguments.d_out, arguments.scratch = d_out.data_ptr(), scratch.data_ptr()
+    arguments.d_x = _pointers([d if wanted else None for d, wanted in zip(d_x, need)])
+    if need[2]:
+        arguments.d_alpha, arguments.d_beta = (d.data_ptr() for d in d_mix)
+    if need[3]:
+        pointers = _pointers(d_weights)
+        arguments.d_weights = ctypes.addressof(pointers)
+    lib.fpdarts_cell_backward(arguments)
+    return [*d_x, *d_mix, *d_weights]
+
+
+@_cell_backward.register_fake
+def _(geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work):
+    wanted = [(x0, need[0]), (x1, need[1]), (alpha, need[2]), (beta, need[2]), *((w, need[3]) for w in weights)]
+    return [torch.empty_like(tensor) if needed else tensor.new_empty(0) for tensor, needed in wanted]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.geometry, _, *tensors = inputs
+    x0, x1, weights, *others = tensors
+    ctx.save_for_backward(x0, x1, *others, output[-1], *weights)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_out, *_):
+    x0, x1, alpha, beta, gates, mean, variance, work, *weights = ctx.saved_tensors
+    _, _, need_x0, need_x1, need_weights, need_alpha, need_beta, *_ = ctx.needs_input_grad
+    need = [need_x0, need_x1, need_alpha or need_beta, any(need_weights)]
+    d_x0, d_x1, d_alpha, d_beta, *d_weights = _cell_backward(
+        ctx.geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work
+    )
+    d_weights = [d if needed else None for d, needed in zip(d_weights, need_weights)]
+    return (
+        None, None, d_x0 if need_x0 else None, d_x1 if need_x1 else None, d_weights, d_alpha if need_alpha else None,
+        d_beta if need_beta else None, None, None, None,
+    )  # fmt: skip
+
+
+_cell.register_autograd(_backward, setup_context=_setup_context)
+
+
+def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
+    if torch.is_autocast_enabled("cpu"):
+        raise ValueError("native kernels compute in float32; use --amp off, or --kernels reference")
+    for x in inputs:
+        if x.dtype != torch.float32:
+            raise ValueError(f"native kernels compute in float32, not {x.dtype}; use --kernels reference")
+    geometry = _geometry(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]))
+    mean, variance = (None, None) if statistics is None else (table.contiguous() for table in statistics)
+    out, *batch, _ = _cell(
+        geometry, [spec.statistics_rows, spec.slice_channels], *inputs, [weights[name] for name in spec.parameters],
+        operation_weights.contiguous(), edge_weights.contiguous(), gates.to(torch.float32).contiguous(), mean, variance,
+    )  # fmt: skip
+    return out, Statistics(*batch) if statistics is None else None
