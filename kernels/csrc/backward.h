@@ -96,8 +96,7 @@ template <int V> class Backward : Engine<V> {
     // --- Where gradients of maps lie in the scratch memory ---
 
     float* d_node(int node, int slice) const { return a.scratch + (node * l.slices + slice) * l.out_plane; }
-    float* d_state(int source, int slice) const {
-        if (source >= 2) return d_node(source - 2, slice);
+    float* d_input(int source, int slice) const {
         return a.scratch + l.nodes * l.slices * l.out_plane + (source * l.slices + slice) * l.plane;
     }
     float* d_between(int i) const {  // of the i-th pair of stages of a source
@@ -216,13 +215,25 @@ template <int V> class Backward : Engine<V> {
             }
     }
 
-    // An image of a node's channels of d_out, into its slices.
-    void unshuffle(int node, int image) {
+    // Gradient of an image of a node: its channels of d_out, and what the edges that leave it sent back (slice by
+    // slice; null for the last node), into the slices that were summed.
+    void unshuffle(int node, int image, const float* sent, float* pixel) {
         const int map = l.out_pixels, wide = l.nodes * l.shape.channels;
-        for (int b = 0; b < l.blocks; b++) {
-            const float* from = a.d_out + int64_t(image) * map * wide + node * l.shape.channels;
-            float* to = d_node(node, 0) + l.image(image, map) + int64_t(b) * map * V;
-            for (int i = 0; i < map; i++, from += wide, to += V) unshuffle_pixel<V>(from, l.slices, b, l.c, to, l.out_plane);
+        const float* from = a.d_out + int64_t(image) * map * wide + node * l.shape.channels;
+        for (int i = 0; i < map; i++, from += wide) {
+            const float* channels = from;
+            if (sent) {
+                for (int s = 0; s < l.slices; s++)
+                    for (int b = 0; b < l.blocks; b++) {
+                        const int at = s * l.c + b * V, count = l.c - b * V;
+                        const float* more = sent + (int64_t(s * l.blocks + b) * map + i) * V;
+                        store_some<V>(pixel + at, load_some<V>(from + at, count) + load<V>(more), count);
+                    }
+                channels = pixel;
+            }
+            for (int b = 0; b < l.blocks; b++)
+                unshuffle_pixel<V>(channels, l.slices, b, l.c,
+                                   d_node(node, 0) + l.image(image, map) + (int64_t(b) * map + i) * V, l.out_plane);
         }
     }
 
@@ -230,7 +241,7 @@ template <int V> class Backward : Engine<V> {
         const auto terms = terms_of(l.nodes - 1);
         for_images(l.n, threads, [&](int thread) {
             return [&, thread](int image) {
-                unshuffle(l.nodes - 1, image);
+                unshuffle(l.nodes - 1, image, nullptr, nullptr);
                 reduce(l.nodes - 1, terms, image, thread);
             };
         });
@@ -449,13 +460,15 @@ template <int V> class Backward : Engine<V> {
             float* mixed = arena().take(l.out_pixels * V);
             float* pixels = arena().take(CHUNK * skip.rows);
             float* drawn = arena().take(CHUNK * skip.columns);
-            return [&, buffer, pooled, d_pooled, mixed, pixels, drawn, thread](int image) {
+            float* pixel = arena().take(l.slices * l.lanes);
+            float* sent = source < 2 ? nullptr : arena().take(l.slices * l.blocks * l.out_pixels * V);
+            return [&, buffer, pooled, d_pooled, mixed, pixels, drawn, pixel, sent, thread](int image) {
                 const int64_t at = l.image(image, height * width), out_at = l.image(image, l.out_pixels);
-                if (source >= 2) unshuffle(source - 2, image);
                 for (int slice = 0; slice < l.slices; slice++) {
                     const float* map = a.work + l.state(source, slice) + at;
-                    float* d_map = d_state(source, slice) + at;
-                    if (source < 2) std::fill_n(d_map, l.blocks * l.pixels * V, 0.0f);
+                    const int64_t size = int64_t(l.blocks) * height * width * V;
+                    float* d_map = source < 2 ? d_input(source, slice) + at : sent + slice * size;
+                    std::fill_n(d_map, size, 0.0f);
                     bool convolved = false;
                     const auto begin = [&] {
                         if (convolved) return;
@@ -490,7 +503,9 @@ template <int V> class Backward : Engine<V> {
                     pass_backward(source, slice, map, out_at, d_map, mixed);
                     if (source < 2) sum_input(source, slice, image, thread);
                 }
-                if (source >= 2) reduce(source - 2, terms, image, thread);
+                if (source < 2) return;
+                unshuffle(source - 2, image, sent, pixel);
+                reduce(source - 2, terms, image, thread);
             };
         });
     }
@@ -612,7 +627,7 @@ template <int V> class Backward : Engine<V> {
         const int row = source * l.slices + slice;
         for (int b = 0; b < l.blocks; b++) {
             const int64_t at = l.image(image, l.pixels) + int64_t(b) * l.pixels * V;
-            const float *d = d_state(source, slice) + at, *state = a.work + l.state(source, slice) + at;
+            const float *d = d_input(source, slice) + at, *state = a.work + l.state(source, slice) + at;
             Vec<V> sum{}, product{};
             for (int first = 0; first < l.pixels; first += CHUNK) {
                 Vec<V> s{}, p{};
@@ -645,7 +660,7 @@ template <int V> class Backward : Engine<V> {
                     for (int s = 0; s < l.slices; s++)
                         for (int b = 0; b < l.blocks; b++) {
                             const int64_t at = l.image(image, l.pixels) + (int64_t(b) * l.pixels + first) * V;
-                            draw(factors[s], b, d_state(input, s) + at, a.work + l.raw(input * l.slices + s) + at, count,
+                            draw(factors[s], b, d_input(input, s) + at, a.work + l.raw(input * l.slices + s) + at, count,
                                  drawn + (s * l.blocks + b) * CHUNK * V);
                         }
                     this->gather_input(d, input, image, first, count, pixels);
@@ -673,8 +688,7 @@ template <int V> class Backward : Engine<V> {
                               }
                               v = load<V>(pixels + int64_t(x) * d.rows + row * V) > zero ? v : zero;
                               float* to = a.d_x[input] + pixel * d.inputs + channel;
-                              if (channel + V <= d.inputs) store<V>(to, v);
-                              else for (int k = 0; channel + k < d.inputs; k++) to[k] = v[k];
+                              store_some<V>(to, v, d.inputs - channel);
                           });
     }
 

@@ -304,23 +304,26 @@ template <int V> class Forward : Engine<V> {
         return sum;
     }
 
-    // One image of a node: its slices, for the edges that leave it, and its channels of the output.
+    // One image of a node: its channels of the output, and their slices, for the edges that leave it.
     void node(int node, const Sum& sum, int image, float* parts) {
         const int map = l.out_pixels, wide = l.nodes * l.shape.channels;
-        const bool last = node == l.nodes - 1;
-        for (int b = 0; b < l.blocks; b++)
-            for (int first = 0; first < map; first += CHUNK) {
-                const int count = std::min(CHUNK, map - first);
+        for (int first = 0; first < map; first += CHUNK) {
+            const int count = std::min(CHUNK, map - first);
+            float* out = a.out + (int64_t(image) * map + first) * wide + node * l.shape.channels;
+            for (int b = 0; b < l.blocks; b++) {
                 const int64_t at = l.image(image, map) + (int64_t(b) * map + first) * V;
-                for (int s = 0; s < l.slices; s++) {
-                    float* part = parts + s * CHUNK * V;
-                    add_terms(sum, s, b, at, count, part);
-                    if (!last) std::copy_n(part, count * V, a.work + l.state(node + 2, s) + at);
-                }
-                float* out = a.out + (int64_t(image) * map + first) * wide + node * l.shape.channels;
+                for (int s = 0; s < l.slices; s++) add_terms(sum, s, b, at, count, parts + s * CHUNK * V);
                 for (int i = 0; i < count; i++)
                     shuffle_pixel<V>(parts + i * V, CHUNK * V, l.slices, b, l.c, out + int64_t(i) * wide);
             }
+            if (node == l.nodes - 1) continue;
+            for (int s = 0; s < l.slices; s++)
+                for (int b = 0; b < l.blocks; b++) {
+                    float* to = a.work + l.state(node + 2, s) + l.image(image, map) + (int64_t(b) * map + first) * V;
+                    const float* from = out + s * l.c + b * V;
+                    for (int i = 0; i < count; i++) store<V>(to + i * V, load_some<V>(from + int64_t(i) * wide, l.c - b * V));
+                }
+        }
     }
 
     INLINE void add_terms(const Sum& sum, int slice, int block, int64_t at, int count, float* out) {

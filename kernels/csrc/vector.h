@@ -34,6 +34,17 @@ template <int V> using Vec = typename Lanes<V>::type;
 template <int V> INLINE Vec<V> load(const float* p) { return *reinterpret_cast<const typename Lanes<V>::loose*>(p); }
 template <int V> INLINE void store(float* p, Vec<V> v) { *reinterpret_cast<typename Lanes<V>::loose*>(p) = v; }
 template <int V> INLINE void add_to(float* p, Vec<V> v) { store<V>(p, load<V>(p) + v); }
+// The first `count` lanes, or all; zeros behind.
+template <int V> INLINE Vec<V> load_some(const float* p, int count) {
+    if (count >= V) return load<V>(p);
+    Vec<V> v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+}
+template <int V> INLINE void store_some(float* p, Vec<V> v, int count) {
+    if (count >= V) return store<V>(p, v);
+    for (int i = 0; i < count; i++) p[i] = v[i];
+}
 template <int V> INLINE Vec<V> relu(Vec<V> v) {
     const Vec<V> zero = {};
     return v < zero ? zero : v;  // NaN stays NaN, as in PyTorch
