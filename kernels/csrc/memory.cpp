@@ -3,6 +3,7 @@
 // where the system has such, which saves most misses of the translation cache.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -16,6 +17,21 @@ constexpr size_t HUGE_PAGE = size_t(2) << 20;
 std::mutex mutex;
 std::multimap<size_t, void*> unused;
 std::map<void*, size_t> used;
+size_t unused_bytes = 0, used_bytes = 0, most_used = 0;
+
+void* take(std::multimap<size_t, void*>::iterator block) {
+    void* address = block->second;
+    unused_bytes -= block->first;
+    unused.erase(block);
+    return address;
+}
+
+void* use(void* block, size_t size) {
+    used[block] = size;
+    used_bytes += size;
+    most_used = std::max(most_used, used_bytes);
+    return block;
+}
 
 }  // namespace
 
@@ -24,14 +40,15 @@ EXPORT void* fpdarts_allocate(int64_t bytes) {
     const size_t size = (size_t(bytes) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     std::lock_guard<std::mutex> lock(mutex);
     if (auto found = unused.lower_bound(size); found != unused.end() && found->first <= 2 * size) {
-        void* block = found->second;
-        used[block] = found->first;
-        unused.erase(found);
-        return block;
+        const size_t kept = found->first;
+        return use(take(found), kept);
     }
-    // none fits: what is kept is of another batch size, likely for good
-    for (const auto& [kept, block] : unused) munmap(block, kept);
-    unused.clear();
+    // Blocks of a batch size that is over would stay for good: no more is kept than half of what was ever in use.
+    while (!unused.empty() && used_bytes + size + unused_bytes > std::max(most_used, used_bytes + size) * 3 / 2) {
+        const auto smallest = unused.begin();
+        const size_t kept = smallest->first;
+        munmap(take(smallest), kept);
+    }
     char* area = static_cast<char*>(
         mmap(nullptr, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (area == MAP_FAILED) return nullptr;
@@ -41,13 +58,13 @@ EXPORT void* fpdarts_allocate(int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     madvise(block, size, MADV_HUGEPAGE);
 #endif
-    used[block] = size;
-    return block;
+    return use(block, size);
 }
 
 EXPORT void fpdarts_release(void* block) {
     std::lock_guard<std::mutex> lock(mutex);
     const auto found = used.find(block);
     unused.emplace(found->second, block);
+    unused_bytes += found->second, used_bytes -= found->second;
     used.erase(found);
 }

@@ -52,6 +52,10 @@ def _arguments(geometry, inputs, weights, alpha, beta, gates, statistics, **more
     return arguments
 
 
+def _gradient(tensor: Tensor, needed: bool) -> Tensor:
+    return torch.empty_like(tensor) if needed else tensor.new_empty(0)
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -113,10 +117,9 @@ def _cell_backward(
     inputs = [_channels_last(x) for x in (x0, x1)]
     weights = [weight.contiguous() for weight in weights]
     d_out = _channels_last(d_out)
-    none = torch.empty(0)
-    d_x = [torch.empty_like(x) if wanted else none for x, wanted in zip(inputs, need)]
-    d_mix = [torch.empty_like(tensor) if need[2] else none for tensor in (alpha, beta)]
-    d_weights = [torch.empty_like(weight) if need[3] else none for weight in weights]
+    d_x = [_gradient(x, wanted) for x, wanted in zip(inputs, need)]
+    d_mix = [_gradient(tensor, need[2]) for tensor in (alpha, beta)]
+    d_weights = [_gradient(weight, need[3]) for weight in weights]
     arguments = _arguments(geometry, inputs, weights, alpha, beta, gates, (mean, variance), work=work.data_ptr())
     scratch = memory(lib.fpdarts_cell_scratch(arguments))
     arguments.d_out, arguments.scratch = d_out.data_ptr(), scratch.data_ptr()
@@ -133,7 +136,7 @@ def _cell_backward(
 @_cell_backward.register_fake
 def _(geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work):
     wanted = [(x0, need[0]), (x1, need[1]), (alpha, need[2]), (beta, need[2]), *((w, need[3]) for w in weights)]
-    return [torch.empty_like(tensor) if needed else tensor.new_empty(0) for tensor, needed in wanted]
+    return [_gradient(tensor, needed) for tensor, needed in wanted]
 
 
 def _setup_context(ctx, inputs, output):
