@@ -140,10 +140,14 @@ template <int V> class Backward : Engine<V> {
     }
     // Pixels of one block: g and raw -> d_raw.
     INLINE static void draw(const Factors& f, int block, const float* g, const float* raw, int count, float* out) {
-        const Vec<V> factor = load<V>(&f.factor[block * V]), slope = load<V>(&f.slope[block * V]);
-        const Vec<V> shift = load<V>(&f.shift[block * V]), mean = load<V>(&f.mean[block * V]);
-        for (int i = 0; i < count; i++)
-            store<V>(out + i * V, factor * load<V>(g + i * V) + (slope * (load<V>(raw + i * V) - mean) + shift));
+        const Spread<V> factor(load<V>(&f.factor[block * V])), slope(load<V>(&f.slope[block * V]));
+        const Spread<V> shift(load<V>(&f.shift[block * V])), mean(load<V>(&f.mean[block * V]));
+        over_pixels<V>(count, [=](int i, auto lanes) {
+            constexpr int L = lanes;
+            const Vec<L> centred = load<L>(raw + i * V) - mean.template as<L>();
+            store<L>(out + i * V, factor.template as<L>() * load<L>(g + i * V) +
+                                      (slope.template as<L>() * centred + shift.template as<L>()));
+        });
     }
 
     // --- Sums of a node's gradient ---
@@ -175,7 +179,6 @@ template <int V> class Backward : Engine<V> {
 
     void reduce(int node, const std::vector<Terms>& terms, int image, int thread) {
         const int map = l.out_pixels, first_pass = columns * l.edges.size();
-        const std::vector<float> zeros(l.lanes);
         for (int s = 0; s < l.slices; s++)
             for (int b = 0; b < l.blocks; b++) {
                 const Terms& t = terms[s];
@@ -191,20 +194,26 @@ template <int V> class Backward : Engine<V> {
                 node_sums.template add<V>(thread, node * l.slices + s, b, sum);
                 for (int first = 0; first < count; first += 4) {
                     const float* from[4];
-                    Vec<V> mean[4], sums[4];
-                    for (int k = 0; k < 4; k++) {  // the last ones repeat, and are not used
+                    Vec<V> sums[4] = {};
+                    const auto mean_of = [&](int k) {  // the last ones repeat, and are not used
                         const int term = std::min(first + k, count - 1);
                         from[k] = a.work + t.planes[term] + at;
-                        mean[k] = load<V>((t.means[term] ? t.means[term] : zeros.data()) + (t.means[term] ? b * V : 0));
-                        sums[k] = Vec<V>{};
-                    }
+                        return Spread<V>(t.means[term] ? load<V>(t.means[term] + b * V) : Vec<V>{});
+                    };
+                    const Spread<V> mean[4] = {mean_of(0), mean_of(1), mean_of(2), mean_of(3)};
                     for (int i = 0; i < map; i += CHUNK) {
-                        Vec<V> parts[4] = {};
-                        for (int j = i; j < std::min(map, i + CHUNK); j++) {
-                            const Vec<V> gradient = load<V>(d + j * V);
-                            UNROLL for (int k = 0; k < 4; k++) parts[k] += gradient * (load<V>(from[k] + j * V) - mean[k]);
-                        }
-                        UNROLL for (int k = 0; k < 4; k++) sums[k] += parts[k];
+                        constexpr int L = PACK<V> * V;
+                        Vec<L> parts[4] = {};
+                        over_pixels<V>(std::min(CHUNK, map - i), [&](int j, auto lanes) {
+                            constexpr int now = lanes;
+                            UNROLL for (int k = 0; k < 4; k++) {
+                                const Vec<now> product = load<now>(d + (i + j) * V) *
+                                                         (load<now>(from[k] + (i + j) * V) - mean[k].template as<now>());
+                                if constexpr (now == L) parts[k] += product;
+                                else sums[k] += product;
+                            }
+                        });
+                        UNROLL for (int k = 0; k < 4; k++) sums[k] += folded<V, L>(parts[k]);
                     }
                     for (int k = 0; k < std::min(4, count - first); k++) {
                         const int row = t.rows[first + k];
@@ -220,20 +229,21 @@ template <int V> class Backward : Engine<V> {
     void unshuffle(int node, int image, const float* sent, float* pixel) {
         const int map = l.out_pixels, wide = l.nodes * l.shape.channels;
         const float* from = a.d_out + int64_t(image) * map * wide + node * l.shape.channels;
-        for (int i = 0; i < map; i++, from += wide) {
+        const int slices = l.slices, blocks = l.blocks, c = l.c;
+        const int64_t plane = l.out_plane, block = int64_t(map) * V;
+        float* to = d_node(node, 0) + l.image(image, map);
+        for (int i = 0; i < map; i++, from += wide, to += V) {
+            __builtin_prefetch(from + 16 * wide);  // a line of every pixel: no pattern that is followed far enough
             const float* channels = from;
             if (sent) {
-                for (int s = 0; s < l.slices; s++)
-                    for (int b = 0; b < l.blocks; b++) {
-                        const int at = s * l.c + b * V, count = l.c - b * V;
-                        const float* more = sent + (int64_t(s * l.blocks + b) * map + i) * V;
-                        store_some<V>(pixel + at, load_some<V>(from + at, count) + load<V>(more), count);
+                for (int s = 0; s < slices; s++)
+                    for (int b = 0; b < blocks; b++) {
+                        const Vec<V> more = load<V>(sent + (s * blocks + b) * block + i * V);
+                        store_some<V>(pixel + s * c + b * V, load_some<V>(from + s * c + b * V, c - b * V) + more, c - b * V);
                     }
                 channels = pixel;
             }
-            for (int b = 0; b < l.blocks; b++)
-                unshuffle_pixel<V>(channels, l.slices, b, l.c,
-                                   d_node(node, 0) + l.image(image, map) + (int64_t(b) * map + i) * V, l.out_plane);
+            for (int b = 0; b < blocks; b++) unshuffle_pixel<V>(channels, slices, b, c, to + b * block, plane);
         }
     }
 
@@ -282,7 +292,7 @@ template <int V> class Backward : Engine<V> {
                 stages.all.push_back({&o, row, between,
                                       o.stages == which + 1 ? result_factors(e, column)
                                                             : between_factors(statistics, l.out_pixels),
-                                      &depthwise[size_t(row) * taps * l.lanes],
+                                      &depthwise[size_t(row) * taps * l.lanes * PACK<V>],
                                       &pointwise[pointwise.size() / l.edges.size() * row],
                                       gradient_at[weight] + int64_t(row) * taps * l.lanes,
                                       gradient_at[weight + 1] + int64_t(row) * l.lanes * l.lanes, statistics});
@@ -319,15 +329,19 @@ template <int V> class Backward : Engine<V> {
         float* own = a.d_weights ? gradients[thread].data() : nullptr;
         for (int first = 0; first < height; first += together) {
             const int rows = std::min(together, height - first);
-            for (int b = 0; b < l.blocks; b++)
+            for (int b = 0; b < l.blocks; b++) {
+                const int64_t at = (int64_t(b) * height + first) * width * V;
+                float *drawn = buffer.drawn + b * block, *seen = buffer.seen + b * block;
+                if (width == wide) draw(stage.f, b, g + at, raw + at, rows * width, drawn);
                 for (int r = 0; r < rows; r++) {
-                    const int64_t at = (int64_t(b) * height + first + r) * width * V;
-                    draw(stage.f, b, g + at, raw + at, width, buffer.drawn + b * block + r * wide * V);
+                    const int64_t row = at + int64_t(r) * width * V;
+                    if (width != wide) draw(stage.f, b, g + row, raw + row, width, drawn + r * wide * V);
                     if (!own) continue;
                     depthwise_row<V, K, D, S, false, false>(
                         buffer.tile + (int64_t(b) * t.pixels() + t.at((first + r) * S, P)) * V, pitch,
-                        stage.depthwise + b * V, l.lanes, buffer.seen + b * block + r * wide * V, width);
+                        stage.depthwise + b * V * PACK<V>, l.lanes * PACK<V>, seen + r * wide * V, width);
                 }
+            }
             for (int r = 0; r < rows; r++) {
                 float* to = buffer.d_tile + d.at(first + r, 0) * V;
                 const int64_t d_block = int64_t(d.pixels()) * V;
@@ -342,7 +356,7 @@ template <int V> class Backward : Engine<V> {
         }
         for (int b = 0; b < l.blocks; b++) {
             const float* d_tile = buffer.d_tile + int64_t(b) * d.pixels() * V;
-            const float* w = stage.depthwise + b * V;
+            const float* w = stage.depthwise + b * V * PACK<V>;
             float* d_map = buffer.d_map + int64_t(b) * t.height * padded(t.width) * V;
             if (own)
                 depthwise_weight<V, K, D, S>(buffer.tile + (int64_t(b) * t.pixels() + t.at(0, P)) * V, pitch,
@@ -350,7 +364,7 @@ template <int V> class Backward : Engine<V> {
                                              own + stage.depthwise_at + b * V, l.lanes);
             for (int y = 0; y < height; y++) {
                 if constexpr (S == 1) {
-                    depthwise_row<V, K, D, 1, true, ADD>(d_tile + d.at(y, P) * V, d_pitch, w, l.lanes,
+                    depthwise_row<V, K, D, 1, true, ADD>(d_tile + d.at(y, P) * V, d_pitch, w, l.lanes * PACK<V>,
                                                          d_map + int64_t(y) * wide * V, width);
                 } else {
                     parity<K, D, 0, 0>(d_tile + d.at(y, 0) * V, d_pitch, w, d_map, y, width, buffer.line);
@@ -363,7 +377,7 @@ template <int V> class Backward : Engine<V> {
     }
     template <int K, int D, int PY, int PX>
     void parity(const float* d, long d_pitch, const float* w, float* d_map, int y, int width, float* line) {
-        if (!depthwise_parity_row<V, K, D, PY, PX>(d, d_pitch, w, l.lanes, line, width)) return;
+        if (!depthwise_parity_row<V, K, D, PY, PX>(d, d_pitch, w, l.lanes * PACK<V>, line, width)) return;
         float* to = d_map + (int64_t(2 * y + PY) * padded(2 * width) + PX) * V;
         for (int x = 0; x < width; x++) add_to<V>(to + 2 * x * V, load<V>(line + x * V));
     }
@@ -391,20 +405,23 @@ template <int V> class Backward : Engine<V> {
 
     // Gradient of the normalized map before a second stage: where ReLU let it through.
     void pass_relu(const Buffers& buffer, const Tile& t, float* out, int row, int thread) {
-        const Vec<V> zero{};
         for (int b = 0; b < l.blocks; b++) {
             Vec<V> sum{}, product{};
             for (int y = 0; y < t.height; y++) {
                 const float* seen = buffer.tile + (int64_t(b) * t.pixels() + t.at(y, 0)) * V;
                 const float* d = buffer.d_map + (int64_t(b) * t.height + y) * padded(t.width) * V;
-                Vec<V> line_sum{}, line_product{};
-                for (int x = 0; x < t.width; x++, out += V) {
-                    const Vec<V> value = load<V>(seen + x * V), gradient = load<V>(d + x * V);
-                    const Vec<V> passed = value > zero ? gradient : zero;
-                    store<V>(out, passed);
-                    line_sum += passed, line_product += passed * value;
-                }
-                sum += line_sum, product += line_product;
+                constexpr int L = PACK<V> * V;
+                Vec<L> line_sum{}, line_product{};
+                over_pixels<V>(t.width, [&](int x, auto lanes) {
+                    constexpr int now = lanes;
+                    const Vec<now> value = load<now>(seen + x * V);
+                    const Vec<now> passed = where_positive<now>(value, load<now>(d + x * V));
+                    store<now>(out + x * V, passed);
+                    if constexpr (now == L) line_sum += passed, line_product += passed * value;
+                    else sum += passed, product += passed * value;
+                });
+                out += t.width * V;
+                sum += folded<V, L>(line_sum), product += folded<V, L>(line_product);
             }
             between_sums.template add<V>(thread, row, b, sum);
             between_sums.template add<V>(thread, l.rows + row, b, product);
@@ -584,10 +601,9 @@ template <int V> class Backward : Engine<V> {
 
     // What the convolutions sent back, where ReLU let their input through.
     void add_convolved(const float* convolved, const float* map, int height, int width, float* d_map) const {
-        const Vec<V> zero{};
         for (int y = 0; y < l.blocks * height; y++, convolved += padded(width) * V)
             for (int x = 0; x < width; x++, map += V, d_map += V)
-                add_to<V>(d_map, load<V>(map) > zero ? load<V>(convolved + x * V) : zero);
+                add_to<V>(d_map, where_positive<V>(load<V>(map), load<V>(convolved + x * V)));
     }
 
     // --- Matrix products ---
@@ -677,7 +693,6 @@ template <int V> class Backward : Engine<V> {
                         const float* drawn) {
         const int each = d.rows / (1 + d.two), width = l.size[1];
         const int64_t begin = int64_t(image) * (d.two ? l.full_pixels : l.pixels);
-        const Vec<V> zero{};
         pointwise_rows<V>(drawn, CHUNK * V, V, d.columns / V, w, long(d.columns) * V, d.rows / V, count,
                           [&](int x, int row, Vec<V> v) {
                               const int part = row * V >= each, channel = row * V - part * each;
@@ -686,7 +701,7 @@ template <int V> class Backward : Engine<V> {
                                   const int y = (first + x) / width, column = (first + x) % width;
                                   pixel = begin + int64_t(2 * y + part) * 2 * width + 2 * column + part;
                               }
-                              v = load<V>(pixels + int64_t(x) * d.rows + row * V) > zero ? v : zero;
+                              v = where_positive<V>(load<V>(pixels + int64_t(x) * d.rows + row * V), v);
                               float* to = a.d_x[input] + pixel * d.inputs + channel;
                               store_some<V>(to, v, d.inputs - channel);
                           });

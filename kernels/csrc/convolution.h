@@ -7,26 +7,40 @@
 
 namespace FPDARTS_ISA {
 
+// T vectors of one row.
+template <int V, int M, int K, int D, int S, bool FLIP, bool ADD, int T>
+INLINE void depthwise_tile(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
+                           float* __restrict out) {
+    constexpr int L = V * M, STEP = S * M;
+    static_assert(S == 1 || M == 1, "pixels of one vector lie side by side");
+    Vec<L> sum[T];
+    UNROLL for (int t = 0; t < T; t++) sum[t] = ADD ? load<L>(out + t * L) : Vec<L>{};
+    _Pragma("GCC unroll 1") for (int ky = 0; ky < K; ky++) {
+        const float* row = in + ky * D * pitch;
+        Vec<L> tap[K];
+        UNROLL for (int kx = 0; kx < K; kx++) {
+            const int i = ky * K + kx;
+            tap[kx] = load<L>(w + (FLIP ? K * K - 1 - i : i) * w_step);
+        }
+        UNROLL for (int kx = 0; kx < K; kx++) {
+            UNROLL for (int t = 0; t < T; t++) sum[t] += tap[kx] * load<L>(row + (t * STEP + kx * D) * V);
+        }
+    }
+    UNROLL for (int t = 0; t < T; t++) store<L>(out + t * L, sum[t]);
+}
+
 // out[x] (+)= sum over taps w[tap] * in[x * S + kx * D], one row. FLIP reads the taps backwards, for gradients.
 template <int V, int K, int D, int S, bool FLIP, bool ADD>
 INLINE void depthwise_row(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
                           float* __restrict out, int width) {
-    for (int x = 0; x < width; x += PIXELS) {
-        Vec<V> sum[PIXELS];
-        UNROLL for (int t = 0; t < PIXELS; t++) sum[t] = ADD ? load<V>(out + (x + t) * V) : Vec<V>{};
-        _Pragma("GCC unroll 1") for (int ky = 0; ky < K; ky++) {
-            const float* row = in + ky * D * pitch + x * S * V;
-            Vec<V> tap[K];
-            UNROLL for (int kx = 0; kx < K; kx++) {
-                const int i = ky * K + kx;
-                tap[kx] = load<V>(w + (FLIP ? K * K - 1 - i : i) * w_step);
-            }
-            UNROLL for (int kx = 0; kx < K; kx++) {
-                UNROLL for (int t = 0; t < PIXELS; t++) sum[t] += tap[kx] * load<V>(row + (t * S + kx * D) * V);
-            }
-        }
-        UNROLL for (int t = 0; t < PIXELS; t++) store<V>(out + (x + t) * V, sum[t]);
+    constexpr int M = S == 1 ? PACK<V> : 1;
+    int x = 0;
+    if constexpr (M > 1) {
+        for (; x + PIXELS < width; x += M * PIXELS)
+            depthwise_tile<V, M, K, D, S, FLIP, ADD, PIXELS>(in + x * S * V, pitch, w, w_step, out + x * V);
     }
+    for (; x < width; x += PIXELS)
+        depthwise_tile<V, M, K, D, S, FLIP, ADD, PIXELS / M>(in + x * S * V, pitch, w, w_step, out + x * V);
 }
 
 // Gradient of a stride-2 depthwise convolution for input pixels (2y + PY, 2x + PX) of one y: of the taps only those of
@@ -56,22 +70,23 @@ INLINE bool depthwise_parity_row(const float* __restrict d, long pitch, const fl
 template <int V, int K, int D, int S, int ROWS>
 INLINE void depthwise_weight_rows(const float* in, long pitch, const float* d, long d_pitch, int height, int width,
                                   int first, float* out, int out_step) {
-    Vec<V> sum[ROWS * K];
-    UNROLL for (int i = 0; i < ROWS * K; i++) sum[i] = Vec<V>{};
+    constexpr int M = S == 1 ? PACK<V> : 1, L = V * M;
+    Vec<L> sum[ROWS * K];
+    UNROLL for (int i = 0; i < ROWS * K; i++) sum[i] = Vec<L>{};
     in += first * D * pitch;
     for (int y = 0; y < height; y++) {
         const float *from = in + y * S * pitch, *g = d + y * d_pitch;
-        for (int x = 0; x < width; x++, from += S * V, g += V) {
+        for (int x = 0; x < width; x += M, from += S * L, g += L) {  // behind an odd width the gradient is zero
             // The compiler would carry loads over to the next pixel, run out of registers and spill.
             asm volatile("" : "+r"(from), "+r"(g));
-            const Vec<V> gradient = load<V>(g);
+            const Vec<L> gradient = load<L>(g);
             UNROLL for (int ky = 0; ky < ROWS; ky++) {
                 UNROLL for (int kx = 0; kx < K; kx++)
-                    sum[ky * K + kx] += gradient * load<V>(from + ky * D * pitch + kx * D * V);
+                    sum[ky * K + kx] += gradient * load<L>(from + ky * D * pitch + kx * D * V);
             }
         }
     }
-    UNROLL for (int i = 0; i < ROWS * K; i++) add_to<V>(out + (first * K + i) * out_step, sum[i]);
+    UNROLL for (int i = 0; i < ROWS * K; i++) add_to<V>(out + (first * K + i) * out_step, folded<V, L>(sum[i]));
 }
 
 // out[tap] += sum over a map's pixels of gradient * what the tap saw.

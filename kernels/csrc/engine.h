@@ -74,21 +74,33 @@ template <int V> struct MapSums {
     Vec<V> shift{}, sum{}, squares{};
     INLINE void begin(Vec<V> first) { shift = first, sum = squares = Vec<V>{}; }
     INLINE void row(const float* values, int count) {
-        Vec<V> s{}, q{};
-        for (int i = 0; i < count; i++) {
-            const Vec<V> v = load<V>(values + i * V) - shift;
-            s += v, q += v * v;
+        constexpr int CHAINS = 4;  // of additions, which wait for each other
+        Vec<V> s[CHAINS] = {}, q[CHAINS] = {};
+        int i = 0;
+        for (; i + CHAINS <= count; i += CHAINS) {
+            UNROLL for (int k = 0; k < CHAINS; k++) {
+                const Vec<V> v = load<V>(values + (i + k) * V) - shift;
+                s[k] += v, q[k] += v * v;
+            }
         }
-        sum += s, squares += q;
+        for (; i < count; i++) {
+            const Vec<V> v = load<V>(values + i * V) - shift;
+            s[0] += v, q[0] += v * v;
+        }
+        sum += (s[0] + s[1]) + (s[2] + s[3]), squares += (q[0] + q[1]) + (q[2] + q[3]);
     }
 };
 
 // Weights in the order that the inner loops read them, padded to blocks.
 template <int V> struct PackedWeights {
-    // [row][tap][lanes]
+    // [row][tap][block][copy][V]: as many copies as pixels are in a vector
     static std::vector<float> depthwise(const float* w, int rows, int taps, int c, int lanes) {
-        std::vector<float> out(size_t(rows) * taps * lanes);
-        for (int i = 0; i < rows * taps; i++) std::copy_n(w + int64_t(i) * c, c, &out[size_t(i) * lanes]);
+        constexpr int COPIES = PACK<V>;
+        std::vector<float> out(size_t(rows) * taps * lanes * COPIES);
+        for (int i = 0; i < rows * taps; i++)
+            for (int k = 0; k < c; k++)
+                for (int copy = 0; copy < COPIES; copy++)
+                    out[(size_t(i) * lanes + k / V * V) * COPIES + copy * V + k % V] = w[int64_t(i) * c + k];
         return out;
     }
     // (inputs, outputs) -> [output block][input][V]; `transposed`: of the matrix's transpose.
@@ -242,11 +254,15 @@ template <int V> class Engine {
     // ReLU of a slice, normalized before it if a row is given, into a tile.
     void fill(float* tile, const Tile& t, const float* map, const float* mean, const float* inverse) const {
         for (int b = 0; b < l.blocks; b++) {
-            const Vec<V> m = mean ? load<V>(mean + b * V) : Vec<V>{}, r = mean ? load<V>(inverse + b * V) : m + 1.0f;
+            const Spread<V> m(mean ? load<V>(mean + b * V) : Vec<V>{});
+            const Spread<V> r(mean ? load<V>(inverse + b * V) : Vec<V>{} + 1.0f);
             for (int y = 0; y < t.height; y++) {
                 float* to = tile + (int64_t(b) * t.pixels() + t.at(y, 0)) * V;
                 const float* from = map + (int64_t(b) * t.height + y) * t.width * V;
-                for (int x = 0; x < t.width; x++) store<V>(to + x * V, relu<V>((load<V>(from + x * V) - m) * r));
+                over_pixels<V>(t.width, [=](int x, auto lanes) {
+                    constexpr int L = lanes;
+                    store<L>(to + x * V, relu<L>((load<L>(from + x * V) - m.template as<L>()) * r.template as<L>()));
+                });
             }
         }
     }
@@ -267,8 +283,6 @@ template <int V> class Engine {
         else chosen(Constant<5>{}, Constant<2>{});
     }
 
-   private:
-    template <int I> using Constant = std::integral_constant<int, I>;
 };
 
 constexpr int CHUNK = 64;  // pixels of a matrix product or a node at a time: they stay in the first cache

@@ -115,7 +115,7 @@ template <int V> class Forward : Engine<V> {
             for (int b = 0; b < l.blocks; b++)
                 depthwise_row<V, K, D, S, false, false>(
                     tile + (int64_t(b) * t.pixels() + t.at(y * S, D * (K / 2))) * V, long(t.pitch) * V,
-                    depthwise + b * V, lanes, line + b * wide * V, width);
+                    depthwise + b * V * PACK<V>, lanes * PACK<V>, line + b * wide * V, width);
             float* to = out + int64_t(y) * width * V;
             const int64_t block = int64_t(height) * width * V;
             pointwise_rows<V>(line, wide * V, V, l.blocks, pointwise, lanes * V, l.blocks, width,
@@ -181,7 +181,7 @@ template <int V> class Forward : Engine<V> {
                                 continue;
                             }
                             this->specialized(*u.o, stride, [&](auto k, auto d, auto s) {
-                                stage<k, d, s>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes],
+                                stage<k, d, s>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes * PACK<V>],
                                                &u.pointwise[u.pointwise.size() / l.edges.size() * row],
                                                u.o->row[0] + row, image, thread, line, sums);
                             });
@@ -204,9 +204,13 @@ template <int V> class Forward : Engine<V> {
             const float* from = a.work + l.raw(row) + l.image(image, l.pixels);
             float* to = a.work + l.state(source, s) + l.image(image, l.pixels);
             for (int b = 0; b < l.blocks; b++) {
-                const Vec<V> mean = load<V>(a.work + l.mean(row) + b * V);
-                const Vec<V> inverse = load<V>(a.work + l.inverse(row) + b * V);
-                for (int i = 0; i < l.pixels; i++, from += V, to += V) store<V>(to, (load<V>(from) - mean) * inverse);
+                const Spread<V> mean(load<V>(a.work + l.mean(row) + b * V));
+                const Spread<V> inverse(load<V>(a.work + l.inverse(row) + b * V));
+                over_pixels<V>(l.pixels, [=](int i, auto lanes) {
+                    constexpr int L = lanes;
+                    store<L>(to + i * V, (load<L>(from + i * V) - mean.template as<L>()) * inverse.template as<L>());
+                });
+                from += int64_t(l.pixels) * V, to += int64_t(l.pixels) * V;
             }
         }
     }
@@ -259,7 +263,7 @@ template <int V> class Forward : Engine<V> {
                         this->fill(tile, t, a.work + l.raw(before) + l.image(image, l.out_pixels), a.work + l.mean(before),
                              a.work + l.inverse(before));
                         this->specialized(*u.o, 1, [&](auto k, auto d, auto) {
-                            stage<k, d, 1>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes],
+                            stage<k, d, 1>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes * PACK<V>],
                                            &u.pointwise[u.pointwise.size() / l.edges.size() * row], u.o->row[1] + row,
                                            image, thread, line, sums);
                         });
@@ -306,22 +310,25 @@ template <int V> class Forward : Engine<V> {
 
     // One image of a node: its channels of the output, and their slices, for the edges that leave it.
     void node(int node, const Sum& sum, int image, float* parts) {
-        const int map = l.out_pixels, wide = l.nodes * l.shape.channels;
+        const int map = l.out_pixels, wide = l.nodes * l.shape.channels, slices = l.slices, c = l.c;
         for (int first = 0; first < map; first += CHUNK) {
             const int count = std::min(CHUNK, map - first);
             float* out = a.out + (int64_t(image) * map + first) * wide + node * l.shape.channels;
             for (int b = 0; b < l.blocks; b++) {
                 const int64_t at = l.image(image, map) + (int64_t(b) * map + first) * V;
                 for (int s = 0; s < l.slices; s++) add_terms(sum, s, b, at, count, parts + s * CHUNK * V);
-                for (int i = 0; i < count; i++)
-                    shuffle_pixel<V>(parts + i * V, CHUNK * V, l.slices, b, l.c, out + int64_t(i) * wide);
+                for (int i = 0; i < count; i++) {
+                    float* pixel = out + int64_t(i) * wide;
+                    __builtin_prefetch(pixel + CHUNK * wide, 1);  // a line of every pixel: no pattern that is followed
+                    shuffle_pixel<V>(parts + i * V, CHUNK * V, slices, b, c, pixel);
+                }
             }
             if (node == l.nodes - 1) continue;
             for (int s = 0; s < l.slices; s++)
                 for (int b = 0; b < l.blocks; b++) {
                     float* to = a.work + l.state(node + 2, s) + l.image(image, map) + (int64_t(b) * map + first) * V;
                     const float* from = out + s * l.c + b * V;
-                    for (int i = 0; i < count; i++) store<V>(to + i * V, load_some<V>(from + int64_t(i) * wide, l.c - b * V));
+                    for (int i = 0; i < count; i++) store<V>(to + i * V, load_some<V>(from + int64_t(i) * wide, c - b * V));
                 }
         }
     }
@@ -333,24 +340,20 @@ template <int V> class Forward : Engine<V> {
         const int terms = planes.size();
         for (int i = 0; i < count; i++) store<V>(out + i * V, offset);
         int t = 0;
-        for (; t + 4 <= terms; t += 4) {
-            const float* from[4];
-            Vec<V> factor[4];
-            UNROLL for (int k = 0; k < 4; k++) {
-                from[k] = a.work + planes[t + k] + at;
-                factor[k] = load<V>(factors + (t + k) * l.lanes);
-            }
-            for (int i = 0; i < count; i++) {
-                Vec<V> total = load<V>(out + i * V);
-                UNROLL for (int k = 0; k < 4; k++) total += factor[k] * load<V>(from[k] + i * V);
-                store<V>(out + i * V, total);
-            }
-        }
-        for (; t < terms; t++) {
-            const float* from = a.work + planes[t] + at;
-            const Vec<V> factor = load<V>(factors + t * l.lanes);
-            for (int i = 0; i < count; i++) add_to<V>(out + i * V, factor * load<V>(from + i * V));
-        }
+        for (; t + 4 <= terms; t += 4) add_planes<4>(&planes[t], factors + t * l.lanes, at, count, out);
+        for (; t < terms; t++) add_planes<1>(&planes[t], factors + t * l.lanes, at, count, out);
+    }
+    template <int T> INLINE void add_planes(const int64_t* planes, const float* factors, int64_t at, int count, float* out) {
+        const float* from[T];
+        UNROLL for (int k = 0; k < T; k++) from[k] = a.work + planes[k] + at;
+        const auto factor = [&](int k) { return Spread<V>(load<V>(factors + k * l.lanes)); };
+        const Spread<V> own[4] = {factor(0), factor(T > 1), factor(T > 2 ? 2 : 0), factor(T > 3 ? 3 : 0)};
+        over_pixels<V>(count, [&](int i, auto lanes) {
+            constexpr int L = lanes;
+            Vec<L> total = load<L>(out + i * V);
+            UNROLL for (int k = 0; k < T; k++) total += own[k].template as<L>() * load<L>(from[k] + i * V);
+            store<L>(out + i * V, total);
+        });
     }
 };
 

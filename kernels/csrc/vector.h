@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define INLINE __attribute__((always_inline)) inline
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -23,11 +24,11 @@ constexpr int WIDEST = 8;
 template <int V> struct Lanes;
 template <> struct Lanes<8> {
     typedef float type __attribute__((vector_size(32)));
-    typedef float loose __attribute__((vector_size(32), aligned(4), may_alias));
+    typedef float loose __attribute__((vector_size(32), aligned(4)));
 };
 template <> struct Lanes<16> {
     typedef float type __attribute__((vector_size(64)));
-    typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
+    typedef float loose __attribute__((vector_size(64), aligned(4)));
 };
 template <int V> using Vec = typename Lanes<V>::type;
 
@@ -49,9 +50,63 @@ template <int V> INLINE Vec<V> relu(Vec<V> v) {
     const Vec<V> zero = {};
     return v < zero ? zero : v;  // NaN stays NaN, as in PyTorch
 }
+template <int V> INLINE Vec<V> where_positive(Vec<V> condition, Vec<V> v) {
+    const Vec<V> zero = {};
+    return condition > zero ? v : zero;
+}
 template <int V> INLINE Vec<V> maximum(Vec<V> a, Vec<V> b) { return a >= b ? a : b; }
 
-constexpr int PIXELS = 8;  // computed at once; rows of scratch memory are padded to a multiple
-INLINE int padded(int width) { return (width + PIXELS - 1) / PIXELS * PIXELS; }
+// Pixels that fit one vector: of 8 channels two, where vectors have 16 lanes.
+template <int V> constexpr int PACK = WIDEST / V;
+
+// A value a channel, once and as often as pixels fit a vector; made before a loop, taken in it.
+template <int V> struct Spread {
+    Vec<V> one;
+    Vec<PACK<V> * V> all;
+    INLINE explicit Spread(Vec<V> v) : one(v) {
+        if constexpr (PACK<V> == 1) {
+            all = v;
+        } else {
+            alignas(64) float copies[PACK<V> * V];
+            for (int i = 0; i < PACK<V>; i++) store<V>(copies + i * V, v);
+            all = load<PACK<V> * V>(copies);
+        }
+    }
+    template <int L> INLINE Vec<L> as() const {
+        if constexpr (L == V) return one;
+        else return all;
+    }
+};
+
+// The sum of a vector's pixels.
+template <int V, int L> INLINE Vec<V> folded(Vec<L> v) {
+    if constexpr (L == V) {
+        return v;
+    } else {
+        alignas(64) float parts[L];
+        store<L>(parts, v);
+        Vec<V> sum = load<V>(parts);
+        for (int i = V; i < L; i += V) sum += load<V>(parts + i);
+        return sum;
+    }
+}
+
+template <int I> using Constant = std::integral_constant<int, I>;
+
+// f(first pixel, lanes as a constant) over a run of pixels that lie side by side, as many at a time as fit a vector.
+template <int V, class F> INLINE void over_pixels(int count, F&& f) {
+    int i = 0;
+    for (; i + PACK<V> <= count; i += PACK<V>) f(i, Constant<PACK<V> * V>{});
+    if constexpr (PACK<V> > 1) {
+        for (; i < count; i++) f(i, Constant<V>{});
+    }
+}
+
+constexpr int PIXELS = 8;  // vectors of pixels computed at once
+// Rows of scratch memory have room for what is computed beyond their end.
+INLINE int padded(int width) {
+    const int step = width > PIXELS ? PIXELS * WIDEST / 8 : PIXELS;
+    return (width + step - 1) / step * step;
+}
 
 }  // namespace FPDARTS_ISA
