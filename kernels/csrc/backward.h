@@ -3,6 +3,8 @@
 // a ds + b (raw - mean) + c a channel, is formed where it is read.
 #pragma once
 
+#include <deque>
+
 #include "engine.h"
 
 namespace FPDARTS_ISA {
@@ -32,10 +34,10 @@ class Totals {
     std::vector<double> values;
 };
 
-template <int V> class Backward : Engine<V> {
+template <int V> class Backward : public Engine<V> {
     using Base = Engine<V>;
     using Base::a, Base::l, Base::training, Base::threads;
-    using typename Base::Dense;
+    using typename Base::Dense, typename Base::Used;
 
    public:
     explicit Backward(const CellArguments& arguments)
@@ -263,13 +265,13 @@ template <int V> class Backward : Engine<V> {
         const Operation* o;
         int edge, between;  // between: index among the source's pairs of stages, -1 for the only stage
         Factors f;
-        const float *depthwise, *pointwise;  // pointwise: of the transpose
+        StageWeights weights;
         int64_t depthwise_at, pointwise_at;  // of the gradients
         int row;
     };
     struct Stages {
         std::vector<Stage> all;
-        std::vector<std::vector<float>> weights;
+        std::deque<Used> used;  // whose weights they point to
     };
     // The open first (0) or second (1) stages of the edges that leave a source.
     Stages stages_of(int source, int which) const {
@@ -278,22 +280,16 @@ template <int V> class Backward : Engine<V> {
         for (int column = 0; column < columns; column++) {
             const Operation& o = l.operations[column];
             if (o.kind != CONVOLUTION || o.stages <= which) continue;
-            const bool used = this->is_used(o, source);
-            if (used) {
-                stages.weights.push_back(this->depthwise(o, which));
-                stages.weights.push_back(this->pointwise(o, which, true));
-            }
+            if (this->is_used(o, source)) stages.used.emplace_back(*this, o, which, true);
             for (int row : l.leaving[source]) {
                 const int between = o.stages == 2 ? pairs++ : -1, taps = o.kernel * o.kernel;
                 const Edge& e = l.edges[row];
                 if (!this->is_open(e, o.path)) continue;
                 const int statistics = o.row[which] + row, weight = o.weight[which];
-                const auto &depthwise = stages.weights[stages.weights.size() - 2], &pointwise = stages.weights.back();
                 stages.all.push_back({&o, row, between,
                                       o.stages == which + 1 ? result_factors(e, column)
                                                             : between_factors(statistics, l.out_pixels),
-                                      &depthwise[size_t(row) * taps * l.lanes * PACK<V>],
-                                      &pointwise[pointwise.size() / l.edges.size() * row],
+                                      stages.used.back().weights(row),
                                       gradient_at[weight] + int64_t(row) * taps * l.lanes,
                                       gradient_at[weight + 1] + int64_t(row) * l.lanes * l.lanes, statistics});
             }
@@ -301,92 +297,24 @@ template <int V> class Backward : Engine<V> {
         return stages;
     }
 
-    struct Buffers {  // of a thread
-        float *tile, *d_tile, *d_map, *line, *seen, *drawn;
-    };
-    Buffers buffers(const Tile& t, const Tile& d) const {
-        const int out_line = padded(d.width), rows = rows_together(d.width);
-        Buffers buffer;
-        buffer.tile = arena().take(l.blocks * t.pixels() * V);
-        buffer.d_tile = arena().take(l.blocks * d.pixels() * V);
-        buffer.d_map = arena().take(l.blocks * t.height * padded(t.width) * V);
-        buffer.line = arena().take(out_line * V);
-        buffer.seen = arena().take(l.blocks * rows * out_line * V);
-        buffer.drawn = arena().take(l.blocks * rows * out_line * V);
-        return buffer;
-    }
-    static int rows_together(int width) { return std::max(1, CHUNK / padded(width)); }
-
-    // One edge and image: d_map (+)= gradient of what the tile holds; weights' gradients are added to the thread's.
-    // g: gradient of the normalized result, from which `f` draws that of the raw map.
+    // One edge and image. g: gradient of the normalized result.
     template <int K, int D, int S, bool ADD>
-    void stage(const Buffers& buffer, const Tile& t, const Tile& d, const Stage& stage, const float* g,
+    void stage(const StageBuffers& buffer, const Tile& t, const Tile& d, const Stage& stage, const float* g,
                const float* raw, int thread) {
-        constexpr int P = D * (K / 2);
-        const int height = d.height, width = d.width, wide = padded(width), together = rows_together(width);
-        const int64_t block = int64_t(together) * wide * V;
-        const long pitch = long(t.pitch) * V, d_pitch = long(d.pitch) * V;
         float* own = a.d_weights ? gradients[thread].data() : nullptr;
-        for (int first = 0; first < height; first += together) {
-            const int rows = std::min(together, height - first);
-            for (int b = 0; b < l.blocks; b++) {
-                const int64_t at = (int64_t(b) * height + first) * width * V;
-                float *drawn = buffer.drawn + b * block, *seen = buffer.seen + b * block;
-                if (width == wide) draw(stage.f, b, g + at, raw + at, rows * width, drawn);
-                for (int r = 0; r < rows; r++) {
-                    const int64_t row = at + int64_t(r) * width * V;
-                    if (width != wide) draw(stage.f, b, g + row, raw + row, width, drawn + r * wide * V);
-                    if (!own) continue;
-                    depthwise_row<V, K, D, S, false, false>(
-                        buffer.tile + (int64_t(b) * t.pixels() + t.at((first + r) * S, P)) * V, pitch,
-                        stage.depthwise + b * V * PACK<V>, l.lanes * PACK<V>, seen + r * wide * V, width);
-                }
-            }
-            for (int r = 0; r < rows; r++) {
-                float* to = buffer.d_tile + d.at(first + r, 0) * V;
-                const int64_t d_block = int64_t(d.pixels()) * V;
-                pointwise_rows<V>(buffer.drawn + r * wide * V, block, V, l.blocks, stage.pointwise, l.lanes * V,
-                                  l.blocks, width, [=](int x, int o, Vec<V> v) { store<V>(to + o * d_block + x * V, v); });
-            }
-            if (!own) continue;
-            for (int i = 0; i < l.blocks; i++)
-                for (int o = 0; o < l.blocks; o++)
-                    outer<V>(buffer.seen + i * block, V, buffer.drawn + o * block, V, rows * wide,
-                             own + stage.pointwise_at + (i * V) * l.lanes + o * V, l.lanes);
-        }
-        for (int b = 0; b < l.blocks; b++) {
-            const float* d_tile = buffer.d_tile + int64_t(b) * d.pixels() * V;
-            const float* w = stage.depthwise + b * V * PACK<V>;
-            float* d_map = buffer.d_map + int64_t(b) * t.height * padded(t.width) * V;
-            if (own)
-                depthwise_weight<V, K, D, S>(buffer.tile + (int64_t(b) * t.pixels() + t.at(0, P)) * V, pitch,
-                                             d_tile + d.at(0, 0) * V, d_pitch, height, width,
-                                             own + stage.depthwise_at + b * V, l.lanes);
-            for (int y = 0; y < height; y++) {
-                if constexpr (S == 1) {
-                    depthwise_row<V, K, D, 1, true, ADD>(d_tile + d.at(y, P) * V, d_pitch, w, l.lanes * PACK<V>,
-                                                         d_map + int64_t(y) * wide * V, width);
-                } else {
-                    parity<K, D, 0, 0>(d_tile + d.at(y, 0) * V, d_pitch, w, d_map, y, width, buffer.line);
-                    parity<K, D, 0, 1>(d_tile + d.at(y, 0) * V, d_pitch, w, d_map, y, width, buffer.line);
-                    parity<K, D, 1, 0>(d_tile + d.at(y, 0) * V, d_pitch, w, d_map, y, width, buffer.line);
-                    parity<K, D, 1, 1>(d_tile + d.at(y, 0) * V, d_pitch, w, d_map, y, width, buffer.line);
-                }
-            }
-        }
-    }
-    template <int K, int D, int PY, int PX>
-    void parity(const float* d, long d_pitch, const float* w, float* d_map, int y, int width, float* line) {
-        if (!depthwise_parity_row<V, K, D, PY, PX>(d, d_pitch, w, l.lanes * PACK<V>, line, width)) return;
-        float* to = d_map + (int64_t(2 * y + PY) * padded(2 * width) + PX) * V;
-        for (int x = 0; x < width; x++) add_to<V>(to + 2 * x * V, load<V>(line + x * V));
+        const int64_t block = int64_t(d.height) * d.width * V;
+        stage_backward<V, K, D, S, ADD>(
+            buffer, t, d, stage.weights, l.blocks, own ? own + stage.depthwise_at : nullptr,
+            own ? own + stage.pointwise_at : nullptr, [&](int b, int first, int count, float* to) INLINE_LAMBDA {
+                draw(stage.f, b, g + b * block + first * V, raw + b * block + first * V, count, to);
+            });
     }
 
     void second_stages(int source) {
         const Stages stages = stages_of(source, 1);
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
         for_images(l.n, threads, [&](int thread) {
-            const Buffers buffer = buffers(t, t);
+            const auto buffer = StageBuffers::take<V>(t, t, l.blocks);
             return [&, buffer, thread](int image) {
                 for (const Stage& s : stages.all) {
                     const int before = s.o->row[0] + s.edge;
@@ -404,7 +332,7 @@ template <int V> class Backward : Engine<V> {
     }
 
     // Gradient of the normalized map before a second stage: where ReLU let it through.
-    void pass_relu(const Buffers& buffer, const Tile& t, float* out, int row, int thread) {
+    void pass_relu(const StageBuffers& buffer, const Tile& t, float* out, int row, int thread) {
         for (int b = 0; b < l.blocks; b++) {
             Vec<V> sum{}, product{};
             for (int y = 0; y < t.height; y++) {
@@ -471,7 +399,7 @@ template <int V> class Backward : Engine<V> {
             }
         }
         for_images(l.n, threads, [&](int thread) {
-            const Buffers buffer = buffers(t, d);
+            const auto buffer = StageBuffers::take<V>(t, d, l.blocks);
             float* pooled = arena().take(around.pixels() * V);
             float* d_pooled = arena().take(around.pixels() * V);
             float* mixed = arena().take(l.out_pixels * V);

@@ -6,7 +6,7 @@
 #endif
 
 #include "cell.h"
-#include "maps.h"
+#include "stage.h"
 
 namespace FPDARTS_ISA {
 
@@ -67,28 +67,6 @@ class Moments {
     }
     int threads, rows, lanes;
     std::vector<double> counts, values;
-};
-
-// The sums of one block of a map that is being written: about its first value, by rows, so that few digits are lost.
-template <int V> struct MapSums {
-    Vec<V> shift{}, sum{}, squares{};
-    INLINE void begin(Vec<V> first) { shift = first, sum = squares = Vec<V>{}; }
-    INLINE void row(const float* values, int count) {
-        constexpr int CHAINS = 4;  // of additions, which wait for each other
-        Vec<V> s[CHAINS] = {}, q[CHAINS] = {};
-        int i = 0;
-        for (; i + CHAINS <= count; i += CHAINS) {
-            UNROLL for (int k = 0; k < CHAINS; k++) {
-                const Vec<V> v = load<V>(values + (i + k) * V) - shift;
-                s[k] += v, q[k] += v * v;
-            }
-        }
-        for (; i < count; i++) {
-            const Vec<V> v = load<V>(values + i * V) - shift;
-            s[0] += v, q[0] += v * v;
-        }
-        sum += (s[0] + s[1]) + (s[2] + s[3]), squares += (q[0] + q[1]) + (q[2] + q[3]);
-    }
 };
 
 // Weights in the order that the inner loops read them, padded to blocks.
@@ -163,18 +141,25 @@ template <int V> class Engine {
     bool passes(const Edge& edge, int slice) const { return passing[edge.row * l.slices + slice]; }
     float scale_of(const Edge& edge, int column) const { return scale[edge.row * l.operations.size() + column]; }
 
-    std::vector<float> depthwise(const Operation& o, int stage) const {
-        return PackedWeights<V>::depthwise(a.weights[o.weight[stage]], l.edges.size(), o.kernel * o.kernel, l.c,
-                                           l.lanes);
-    }
-    std::vector<float> pointwise(const Operation& o, int stage, bool transposed) const {
-        const size_t each = PackedWeights<V>::matrix_size(l.c, l.c);
-        std::vector<float> out(each * l.edges.size());
-        for (const Edge& e : l.edges)
-            PackedWeights<V>::matrix(a.weights[o.weight[stage] + 1] + int64_t(e.row) * l.c * l.c, l.c, l.c, transposed,
-                                     &out[each * e.row]);
-        return out;
-    }
+    // An operation that is computed, and its packed weights of one stage, of all edges.
+    struct Used {
+        const Operation* o;
+        std::vector<float> depthwise, pointwise;
+        size_t each_depthwise = 0, each_pointwise = 0;
+
+        explicit Used(const Operation& o) : o(&o) {}
+        Used(const Engine& engine, const Operation& o, int stage, bool transposed) : o(&o) {
+            const Layout<V>& l = engine.l;
+            const int edges = l.edges.size(), taps = o.kernel * o.kernel;
+            const float* const* w = engine.a.weights + o.weight[stage];
+            depthwise = PackedWeights<V>::depthwise(w[0], edges, taps, l.c, l.lanes);
+            each_depthwise = depthwise.size() / edges, each_pointwise = PackedWeights<V>::matrix_size(l.c, l.c);
+            pointwise.resize(each_pointwise * edges);
+            for (int row = 0; row < edges; row++)
+                PackedWeights<V>::matrix(w[1] + int64_t(row) * l.c * l.c, l.c, l.c, transposed, &pointwise[each_pointwise * row]);
+        }
+        StageWeights weights(int row) const { return {&depthwise[each_depthwise * row], &pointwise[each_pointwise * row]}; }
+    };
 
     // The 1x1 convolutions over plain pixels: preprocessing, and strided skips. A factorized reduction reads an even
     // and an odd pixel as one: the matrix [even 0; 0 odd] makes it a convolution like the other.
@@ -284,7 +269,5 @@ template <int V> class Engine {
     }
 
 };
-
-constexpr int CHUNK = 64;  // pixels of a matrix product or a node at a time: they stay in the first cache
 
 }  // namespace FPDARTS_ISA

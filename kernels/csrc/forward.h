@@ -6,10 +6,10 @@
 
 namespace FPDARTS_ISA {
 
-template <int V> class Forward : Engine<V> {
+template <int V> class Forward : public Engine<V> {
     using Base = Engine<V>;
     using Base::a, Base::l, Base::training, Base::threads;
-    using typename Base::Dense;
+    using typename Base::Dense, typename Base::Used;
 
    public:
     explicit Forward(const CellArguments& arguments)
@@ -105,45 +105,26 @@ template <int V> class Forward : Engine<V> {
             merge(thread, row + column / l.blocks, column % l.blocks, sums[column], map);
     }
 
-    // A stage of one edge and image: depthwise and pointwise, row by row.
     template <int K, int D, int S>
-    void stage(const float* tile, const Tile& t, const float* depthwise, const float* pointwise, int row, int image,
-               int thread, float* line, MapSums<V>* sums) {
-        const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = l.lanes;
-        float* out = a.work + l.raw(row) + l.image(image, height * width);
-        for (int y = 0; y < height; y++) {
-            for (int b = 0; b < l.blocks; b++)
-                depthwise_row<V, K, D, S, false, false>(
-                    tile + (int64_t(b) * t.pixels() + t.at(y * S, D * (K / 2))) * V, long(t.pitch) * V,
-                    depthwise + b * V * PACK<V>, lanes * PACK<V>, line + b * wide * V, width);
-            float* to = out + int64_t(y) * width * V;
-            const int64_t block = int64_t(height) * width * V;
-            pointwise_rows<V>(line, wide * V, V, l.blocks, pointwise, lanes * V, l.blocks, width,
-                              [=](int x, int o, Vec<V> v) { store<V>(to + o * block + x * V, v); });
-            if (!training) continue;
-            for (int b = 0; b < l.blocks; b++) {
-                if (y == 0) sums[b].begin(load<V>(to + b * block));
-                sums[b].row(to + b * block, width);
-            }
-        }
+    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int thread, float* line,
+               MapSums<V>* sums) {
+        const int map = t.height / S * (t.width / S);
+        stage_forward<V, K, D, S>(tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map), line,
+                                  training ? sums : nullptr);
         if (!training) return;
-        for (int b = 0; b < l.blocks; b++) merge(thread, row, b, sums[b], height * width);
+        for (int b = 0; b < l.blocks; b++) merge(thread, row, b, sums[b], map);
     }
 
     void first_stages(int source) {
         const int stride = l.stride(source), height = l.size_of(source)[0], width = l.size_of(source)[1];
         const Tile t(height, width, MARGIN, stride), around(height, width, 1, 1);
-        struct Used {
-            const Operation* o;
-            std::vector<float> depthwise, pointwise;
-        };
         std::vector<Used> used;
         std::vector<float> skip_weights;
         const Dense skip = this->skip_dense();
         for (const Operation& o : l.operations) {
             if (!this->is_used(o, source)) continue;
-            if (o.kind == CONVOLUTION) used.push_back({&o, this->depthwise(o, 0), this->pointwise(o, 0, false)});
-            else used.push_back({&o, {}, {}});
+            if (o.kind == CONVOLUTION) used.push_back(Used(*this, o, 0, false));
+            else used.push_back(Used(o));
             if (o.kind == SKIP && stride == 2) skip_weights = this->skip_matrices(o, skip, false);
         }
         const Sum sum = source < 2 ? Sum() : node_sum(source - 2);
@@ -181,9 +162,7 @@ template <int V> class Forward : Engine<V> {
                                 continue;
                             }
                             this->specialized(*u.o, stride, [&](auto k, auto d, auto s) {
-                                stage<k, d, s>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes * PACK<V>],
-                                               &u.pointwise[u.pointwise.size() / l.edges.size() * row],
-                                               u.o->row[0] + row, image, thread, line, sums);
+                                stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, thread, line, sums);
                             });
                         }
                     }
@@ -242,14 +221,10 @@ template <int V> class Forward : Engine<V> {
 
     void second_stages(int source) {
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
-        struct Used {
-            const Operation* o;
-            std::vector<float> depthwise, pointwise;
-        };
         std::vector<Used> used;
         for (const Operation& o : l.operations)
             if (o.kind == CONVOLUTION && o.stages == 2 && this->is_used(o, source))
-                used.push_back({&o, this->depthwise(o, 1), this->pointwise(o, 1, false)});
+                used.push_back(Used(*this, o, 1, false));
         if (used.empty()) return;
         for_images(l.n, threads, [&](int thread) {
             float* tile = arena().take(l.blocks * t.pixels() * V);
@@ -263,9 +238,7 @@ template <int V> class Forward : Engine<V> {
                         this->fill(tile, t, a.work + l.raw(before) + l.image(image, l.out_pixels), a.work + l.mean(before),
                              a.work + l.inverse(before));
                         this->specialized(*u.o, 1, [&](auto k, auto d, auto) {
-                            stage<k, d, 1>(tile, t, &u.depthwise[size_t(row) * k * k * l.lanes * PACK<V>],
-                                           &u.pointwise[u.pointwise.size() / l.edges.size() * row], u.o->row[1] + row,
-                                           image, thread, line, sums);
+                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, thread, line, sums);
                         });
                     }
             };

@@ -1,0 +1,154 @@
+// A stage (ReLU, depthwise, pointwise) of one edge and one image, forward and backward, from a tile that holds the ReLU
+// of its input.
+#pragma once
+
+#include "convolution.h"
+#include "maps.h"
+
+namespace FPDARTS_ISA {
+
+constexpr int CHUNK = 64;  // pixels of a matrix product or a node at a time: they stay in the first cache
+
+// The sums of one block of a map that is being written: about its first value, by rows, so that few digits are lost.
+template <int V> struct MapSums {
+    Vec<V> shift{}, sum{}, squares{};
+    INLINE void begin(Vec<V> first) { shift = first, sum = squares = Vec<V>{}; }
+    INLINE void row(const float* values, int count) {
+        constexpr int CHAINS = 4;  // of additions, which wait for each other
+        Vec<V> s[CHAINS] = {}, q[CHAINS] = {};
+        int i = 0;
+        for (; i + CHAINS <= count; i += CHAINS) {
+            UNROLL for (int k = 0; k < CHAINS; k++) {
+                const Vec<V> v = load<V>(values + (i + k) * V) - shift;
+                s[k] += v, q[k] += v * v;
+            }
+        }
+        for (; i < count; i++) {
+            const Vec<V> v = load<V>(values + i * V) - shift;
+            s[0] += v, q[0] += v * v;
+        }
+        sum += (s[0] + s[1]) + (s[2] + s[3]), squares += (q[0] + q[1]) + (q[2] + q[3]);
+    }
+};
+
+// Weights of a stage: depthwise [tap][block][copy][V], pointwise as pointwise_rows reads it (in backward its transpose).
+struct StageWeights {
+    const float *depthwise, *pointwise;
+};
+
+// line: scratch, blocks * padded(width) pixels. sums: a block each, or null where none are needed.
+template <int V, int K, int D, int S>
+void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, float* line,
+                   MapSums<V>* sums) {
+    const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = blocks * V;
+    const int64_t block = int64_t(height) * width * V;
+    for (int y = 0; y < height; y++) {
+        for (int b = 0; b < blocks; b++)
+            depthwise_row<V, K, D, S, false, false>(tile + (int64_t(b) * t.pixels() + t.at(y * S, D * (K / 2))) * V,
+                                                    long(t.pitch) * V, w.depthwise + b * V * PACK<V>, lanes * PACK<V>,
+                                                    line + b * wide * V, width);
+        float* to = out + int64_t(y) * width * V;
+        pointwise_rows<V>(line, wide * V, V, blocks, w.pointwise, lanes * V, blocks, width,
+                          [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * block + x * V, v); });
+        if (!sums) continue;
+        for (int b = 0; b < blocks; b++) {
+            if (y == 0) sums[b].begin(load<V>(to + b * block));
+            sums[b].row(to + b * block, width);
+        }
+    }
+}
+
+// Scratch memory of a thread for backward. d_tile: gradient of the depthwise result, with a margin of zeros.
+// d_map: gradient of the tile, rows of padded(width). The others are for rows_together rows of the result.
+struct StageBuffers {
+    float *tile, *d_tile, *d_map, *line, *seen, *drawn;
+
+    template <int V> static StageBuffers take(const Tile& t, const Tile& d, int blocks) {
+        const int together = rows_together(d.width) * padded(d.width);
+        StageBuffers buffer;
+        buffer.tile = arena().take(blocks * t.pixels() * V);
+        buffer.d_tile = arena().take(blocks * d.pixels() * V);
+        buffer.d_map = arena().take(blocks * t.height * padded(t.width) * V);
+        buffer.line = arena().take(padded(d.width) * V);
+        buffer.seen = arena().take(blocks * together * V);
+        buffer.drawn = arena().take(blocks * together * V);
+        return buffer;
+    }
+    static int rows_together(int width) { return std::max(1, 2 * CHUNK / padded(width)); }
+};
+
+template <int V, int K, int D, int PY, int PX>
+INLINE void stage_parity(const float* d, long d_pitch, const float* w, int lanes, float* d_map, int y, int width,
+                         float* line) {
+    if (!depthwise_parity_row<V, K, D, PY, PX>(d, d_pitch, w, lanes * PACK<V>, line, width)) return;
+    float* to = d_map + (int64_t(2 * y + PY) * padded(2 * width) + PX) * V;
+    for (int x = 0; x < width; x++) add_to<V>(to + 2 * x * V, load<V>(line + x * V));
+}
+
+// buffer.d_map (+)= gradient of the tile. draw(block, first pixel, count, to): gradient of the result. d_depthwise
+// [tap][lanes] and d_pointwise [input lane][output lane] are added to, or null where they are not needed.
+template <int V, int K, int D, int S, bool ADD, class Draw>
+void stage_backward(const StageBuffers& buffer, const Tile& t, const Tile& d, StageWeights w, int blocks,
+                    float* d_depthwise, float* d_pointwise, Draw&& draw) {
+    constexpr int P = D * (K / 2);
+    const int height = d.height, width = d.width, wide = padded(width), lanes = blocks * V;
+    const int together = StageBuffers::rows_together(width);
+    const int64_t block = int64_t(together) * wide * V;
+    const long pitch = long(t.pitch) * V, d_pitch = long(d.pitch) * V, map_pitch = long(padded(t.width)) * V;
+    const bool needed = d_depthwise != nullptr;
+    int done = 0;
+    // Band after band, so that what one step writes is still in the first cache when the next one reads it.
+    for (int first = 0; first < height; first += together) {
+        const int rows = std::min(together, height - first);
+        for (int b = 0; b < blocks; b++) {
+            float *drawn = buffer.drawn + b * block, *seen = buffer.seen + b * block;
+            if (width == wide) draw(b, first * width, rows * width, drawn);
+            for (int r = 0; r < rows; r++) {
+                if (width != wide) draw(b, (first + r) * width, width, drawn + r * wide * V);
+                if (!needed) continue;
+                depthwise_row<V, K, D, S, false, false>(
+                    buffer.tile + (int64_t(b) * t.pixels() + t.at((first + r) * S, P)) * V, pitch,
+                    w.depthwise + b * V * PACK<V>, lanes * PACK<V>, seen + r * wide * V, width);
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            float* to = buffer.d_tile + d.at(first + r, 0) * V;
+            const int64_t d_block = int64_t(d.pixels()) * V;
+            pointwise_rows<V>(buffer.drawn + r * wide * V, block, V, blocks, w.pointwise, lanes * V, blocks, width,
+                              [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * d_block + x * V, v); });
+        }
+        if (needed)
+            for (int i = 0; i < blocks; i++)
+                for (int o = 0; o < blocks; o++)
+                    outer<V>(buffer.seen + i * block, V, buffer.drawn + o * block, V, rows * wide,
+                             d_pointwise + (i * V) * lanes + o * V, lanes);
+        const int ready = S == 2 ? 0 : first + rows == height ? height : std::max(done, first + rows - P);
+        for (int b = 0; b < blocks; b++) {
+            const float* d_tile = buffer.d_tile + int64_t(b) * d.pixels() * V;
+            if (needed)
+                depthwise_weight<V, K, D, S>(buffer.tile + (int64_t(b) * t.pixels() + t.at(first * S, P)) * V, pitch,
+                                             d_tile + d.at(first, 0) * V, d_pitch, rows, width, d_depthwise + b * V,
+                                             lanes);
+            for (int y = done; y < ready; y++)
+                depthwise_row<V, K, D, 1, true, ADD>(d_tile + d.at(y, P) * V, d_pitch, w.depthwise + b * V * PACK<V>,
+                                                     lanes * PACK<V>, buffer.d_map + b * t.height * map_pitch + y * map_pitch,
+                                                     width);
+        }
+        done = ready;
+    }
+    if constexpr (S == 2) {
+        for (int b = 0; b < blocks; b++) {
+            float* d_map = buffer.d_map + b * t.height * map_pitch;
+            const float* own = w.depthwise + b * V * PACK<V>;
+            for (int y = 0; y < height; y++) {
+                const float* from = buffer.d_tile + (int64_t(b) * d.pixels() + d.at(y, 0)) * V;
+                stage_parity<V, K, D, 0, 0>(from, d_pitch, own, lanes, d_map, y, width, buffer.line);
+                stage_parity<V, K, D, 0, 1>(from, d_pitch, own, lanes, d_map, y, width, buffer.line);
+                stage_parity<V, K, D, 1, 0>(from, d_pitch, own, lanes, d_map, y, width, buffer.line);
+                stage_parity<V, K, D, 1, 1>(from, d_pitch, own, lanes, d_map, y, width, buffer.line);
+            }
+        }
+    }
+}
+
+}  // namespace FPDARTS_ISA
