@@ -32,3 +32,21 @@ struct CellArguments {
     float* d_alpha;
     float* d_beta;
 };
+
+// A part of a cell alone; each reads what it needs.
+struct PartArguments {
+    int64_t part, backward;  // 0: stage, 1: pooling, 2: node
+    int64_t threads, images, channels, height, width;
+    int64_t edges, own, kernel, dilation, stride;  // stage; own: x has a slice of c channels an edge
+    int64_t kind;                                  // pooling: Kind in cell.h
+    int64_t partial, count;                        // node: K, and terms in all
+    const float *x, *depthwise, *pointwise;
+    float* out;
+    const float* d_out;
+    float *d_x, *d_depthwise, *d_pointwise;  // the last two null where not needed
+    const int64_t* slices;                   // [term]
+    const float* const* terms;
+    const float* coefficients;
+    float* const* d_terms;
+    float* d_coefficients;
+};

@@ -322,7 +322,7 @@ template <int V> class Backward : public Engine<V> {
                     this->fill(buffer.tile, t, a.work + l.raw(before) + at, a.work + l.mean(before),
                                a.work + l.inverse(before));
                     const float *g = d_node(l.edges[s.edge].node, s.o->path) + at, *raw = a.work + l.raw(s.row) + at;
-                    this->specialized(*s.o, 1, [&](auto k, auto d, auto) {
+                    specialized(s.o->kernel, s.o->dilation, 1, [&](auto k, auto d, auto) {
                         stage<k, d, 1, false>(buffer, t, t, s, g, raw, thread);
                     });
                     pass_relu(buffer, t, d_between(s.between) + at, before, thread);
@@ -425,7 +425,7 @@ template <int V> class Backward : public Engine<V> {
                         if (s.o->path != slice) continue;
                         begin();
                         const float* g = s.between < 0 ? d_node(l.edges[s.edge].node, slice) : d_between(s.between);
-                        this->specialized(*s.o, stride, [&](auto k, auto dilation, auto strides) {
+                        specialized(s.o->kernel, s.o->dilation, stride, [&](auto k, auto dilation, auto strides) {
                             stage<k, dilation, strides, true>(buffer, t, d, s, g + out_at, a.work + l.raw(s.row) + out_at,
                                                               thread);
                         });
@@ -495,7 +495,7 @@ template <int V> class Backward : public Engine<V> {
             std::fill_n(d_tile, t.pixels() * V, 0.0f);
             const auto gradient = [=](int i) { return load<V>(mixed + i * V); };
             if (max) {
-                this->copy_into(tile, t, map + int64_t(b) * size * V);
+                copy_into<V>(tile, t, map + int64_t(b) * size * V);
                 pool_map_backward<V, true>(tile, raw, t, stride, d_tile, gradient);
             } else {
                 pool_map_backward<V, false>(tile, raw, t, stride, d_tile, gradient);

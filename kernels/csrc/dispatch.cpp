@@ -16,6 +16,7 @@
     int64_t cell_scratch(const CellArguments&);          \
     void cell_forward(const CellArguments&);             \
     void cell_backward(const CellArguments&);            \
+    void part(const PartArguments&);                     \
     }
 DECLARE(avx2)
 DECLARE(avx512)
@@ -28,9 +29,10 @@ struct Kernels {
     int64_t (*scratch)(const CellArguments&);
     void (*forward)(const CellArguments&);
     void (*backward)(const CellArguments&);
+    void (*part)(const PartArguments&);
 };
 
-#define KERNELS(isa) {#isa, isa::cell_workspace, isa::cell_scratch, isa::cell_forward, isa::cell_backward}
+#define KERNELS(isa) {#isa, isa::cell_workspace, isa::cell_scratch, isa::cell_forward, isa::cell_backward, isa::part}
 
 const Kernels* choose() {
     static const Kernels wide = KERNELS(avx512), narrow = KERNELS(avx2);
@@ -52,4 +54,5 @@ EXPORT const char* fpdarts_isa() { return kernels ? kernels->name : ""; }  // em
 EXPORT int64_t fpdarts_cell_workspace(const CellArguments* a) { return kernels->workspace(*a); }
 EXPORT int64_t fpdarts_cell_scratch(const CellArguments* a) { return kernels->scratch(*a); }
 EXPORT void fpdarts_cell_forward(const CellArguments* a) { kernels->forward(*a); }
+EXPORT void fpdarts_part(const PartArguments* a) { kernels->part(*a); }
 EXPORT void fpdarts_cell_backward(const CellArguments* a) { kernels->backward(*a); }

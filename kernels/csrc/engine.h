@@ -251,23 +251,6 @@ template <int V> class Engine {
             }
         }
     }
-    // One block of a map into a tile whose margin is filled already.
-    static void copy_into(float* tile, const Tile& t, const float* map) {
-        for (int y = 0; y < t.height; y++) std::copy_n(map + y * t.width * V, t.width * V, tile + t.at(y, 0) * V);
-    }
-
-    // f with kernel size, dilation and stride as constants.
-    template <class F> static void specialized(const Operation& o, int stride, F&& f) {
-        const auto chosen = [&](auto kernel, auto dilation) {
-            if (stride == 2) f(kernel, dilation, Constant<2>{});
-            else f(kernel, dilation, Constant<1>{});
-        };
-        if (o.kernel == 3 && o.dilation == 1) chosen(Constant<3>{}, Constant<1>{});
-        else if (o.kernel == 3) chosen(Constant<3>{}, Constant<2>{});
-        else if (o.dilation == 1) chosen(Constant<5>{}, Constant<1>{});
-        else chosen(Constant<5>{}, Constant<2>{});
-    }
-
 };
 
 }  // namespace FPDARTS_ISA

@@ -161,7 +161,7 @@ template <int V> class Forward : public Engine<V> {
                                       pixels, sums, gather);
                                 continue;
                             }
-                            this->specialized(*u.o, stride, [&](auto k, auto d, auto s) {
+                            specialized(u.o->kernel, u.o->dilation, stride, [&](auto k, auto d, auto s) {
                                 stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, thread, line, sums);
                             });
                         }
@@ -208,7 +208,7 @@ template <int V> class Forward : public Engine<V> {
         std::fill_n(tile, t.pixels() * V, max ? -FLT_MAX : 0.0f);
         float* out = a.work + l.raw(o.row[0] + source) + l.image(image, l.out_pixels);
         for (int b = 0; b < l.blocks; b++, out += int64_t(l.out_pixels) * V) {
-            this->copy_into(tile, t, map + int64_t(b) * l.pixels_of(source) * V);
+            copy_into<V>(tile, t, map + int64_t(b) * l.pixels_of(source) * V);
             if (max) pool_map<V, true>(tile, t, l.stride(source), out);
             else pool_map<V, false>(tile, t, l.stride(source), out);
             if (!training) continue;
@@ -237,7 +237,7 @@ template <int V> class Forward : public Engine<V> {
                         const int before = u.o->row[0] + row;
                         this->fill(tile, t, a.work + l.raw(before) + l.image(image, l.out_pixels), a.work + l.mean(before),
                              a.work + l.inverse(before));
-                        this->specialized(*u.o, 1, [&](auto k, auto d, auto) {
+                        specialized(u.o->kernel, u.o->dilation, 1, [&](auto k, auto d, auto) {
                             stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, thread, line, sums);
                         });
                     }

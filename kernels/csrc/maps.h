@@ -19,6 +19,11 @@ struct Tile {
     long at(int y, int reach) const { return long(y + margin - reach) * pitch + margin - reach; }
 };
 
+// One block of a map into a tile whose margin is filled already.
+template <int V> void copy_into(float* tile, const Tile& t, const float* map) {
+    for (int y = 0; y < t.height; y++) std::copy_n(map + y * t.width * V, t.width * V, tile + t.at(y, 0) * V);
+}
+
 // Scratch memory of a thread; its pages are touched once, not at every call.
 class Arena {
    public:

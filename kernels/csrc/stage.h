@@ -36,6 +36,18 @@ struct StageWeights {
     const float *depthwise, *pointwise;
 };
 
+// f with kernel size, dilation and stride as constants.
+template <class F> void specialized(int kernel, int dilation, int stride, F&& f) {
+    const auto chosen = [&](auto k, auto d) {
+        if (stride == 2) f(k, d, Constant<2>{});
+        else f(k, d, Constant<1>{});
+    };
+    if (kernel == 3 && dilation == 1) chosen(Constant<3>{}, Constant<1>{});
+    else if (kernel == 3) chosen(Constant<3>{}, Constant<2>{});
+    else if (dilation == 1) chosen(Constant<5>{}, Constant<1>{});
+    else chosen(Constant<5>{}, Constant<2>{});
+}
+
 // line: scratch, blocks * padded(width) pixels. sums: a block each, or null where none are needed.
 template <int V, int K, int D, int S>
 void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, float* line,

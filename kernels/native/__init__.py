@@ -1,6 +1,7 @@
 """The native back end: C++ kernels for CPUs with AVX2 or AVX-512. Contracts of the functions are in ``fpdarts.kernels``.
 
-library.py loads what CMakeLists.txt built from kernels/csrc; operators.py registers it with PyTorch.
+library.py loads what CMakeLists.txt built from kernels/csrc; operators.py and parts.py register it with PyTorch, a cell and
+its parts. They load at the first call: the package can be imported, and says why it cannot run, where nothing was built.
 """
 
 from importlib import import_module
@@ -17,5 +18,15 @@ def unavailable(device):
     return None
 
 
-def cell(*arguments):
-    return import_module(f"{__name__}.operators").cell(*arguments)
+def _lazily(module: str, name: str):
+    def function(*args, **options):
+        return getattr(import_module(f"{__name__}.{module}"), name)(*args, **options)
+
+    function.__name__ = name
+    return function
+
+
+cell = _lazily("operators", "cell")
+stage, pooling, factorized_reduction, normalize, node = (
+    _lazily("parts", name) for name in ("stage", "pooling", "factorized_reduction", "normalize", "node")
+)

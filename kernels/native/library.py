@@ -32,6 +32,16 @@ class CellArguments(ctypes.Structure):
     ]
 
 
+class PartArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, _integer) for name in ("part", "backward", "threads", "images", "channels", "height", "width")),
+        *((name, _integer) for name in ("edges", "own", "kernel", "dilation", "stride", "kind", "partial", "count")),
+        *((name, _pointer) for name in ("x", "depthwise", "pointwise", "out", "d_out", "d_x", "d_depthwise")),
+        *((name, _pointer) for name in ("d_pointwise", "slices", "terms", "coefficients", "d_terms")),
+        ("d_coefficients", _pointer),
+    ]
+
+
 class LibraryError(RuntimeError):
     """The library cannot be used here; the message says why and what to do."""
 
@@ -59,6 +69,7 @@ def library() -> ctypes.CDLL:
         getattr(lib, f"fpdarts_cell_{name}").restype = _integer
     for name in ("workspace", "scratch", "forward", "backward"):
         getattr(lib, f"fpdarts_cell_{name}").argtypes = [ctypes.POINTER(CellArguments)]
+    lib.fpdarts_part.argtypes = [ctypes.POINTER(PartArguments)]
     lib.fpdarts_allocate.argtypes, lib.fpdarts_allocate.restype = [_integer], _pointer
     lib.fpdarts_release.argtypes, lib.fpdarts_release.restype = [_pointer], None
     return lib
@@ -67,6 +78,31 @@ def library() -> ctypes.CDLL:
 def threads() -> int:
     """As many as PyTorch uses; one in a forked process, where OpenMP has no threads and would wait for them forever."""
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
+
+
+def float32_only(x: Tensor):
+    """Raises ValueError."""
+    if x.dtype != torch.float32:
+        raise ValueError(f"native kernels compute in float32, not {x.dtype}; use --kernels reference")
+    if torch.is_autocast_enabled("cpu"):
+        raise ValueError("native kernels compute in float32; use --amp off, or --kernels reference")
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def gradient(tensor: Tensor, needed: bool) -> Tensor:
+    """To be written; empty where it is not needed."""
+    return torch.empty_like(tensor) if needed else tensor.new_empty(0)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def pointers(tensors) -> ctypes.Array:
+    return (_pointer * max(1, len(tensors)))(*(address(tensor) for tensor in tensors))
 
 
 def memory(floats: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
-from .library import CellArguments, library, memory, threads
+from .library import CellArguments, address, channels_last, float32_only, gradient, library, memory, pointers, threads
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
 _CONVOLUTION = 4
@@ -33,31 +33,15 @@ def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
     return n, nodes * channels, height // stride, width // stride
 
 
-def _pointers(tensors):
-    return (ctypes.c_void_p * max(1, len(tensors)))(*(None if t is None else t.data_ptr() for t in tensors))
-
-
-def _address(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _arguments(geometry, inputs, weights, alpha, beta, gates, statistics, **more):
     """CellArguments; what they point to must live as long as they do, so it is kept with them."""
-    keep = (ctypes.c_int64 * len(geometry))(*geometry), _pointers(inputs), _pointers(weights)
+    keep = (ctypes.c_int64 * len(geometry))(*geometry), pointers(inputs), pointers(weights)
     arguments = CellArguments(
-        ctypes.addressof(keep[0]), threads(), keep[1], ctypes.addressof(keep[2]), _address(alpha), _address(beta),
-        _address(gates), *(_address(table) for table in statistics), **more,
+        ctypes.addressof(keep[0]), threads(), keep[1], ctypes.addressof(keep[2]), address(alpha), address(beta),
+        address(gates), *(address(table) for table in statistics), **more,
     )  # fmt: skip
     arguments.keep = keep
     return arguments
-
-
-def _gradient(tensor: Tensor, needed: bool) -> Tensor:
-    return torch.empty_like(tensor) if needed else tensor.new_empty(0)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("fpdarts::cell", mutates_args=(), device_types="cpu")
@@ -75,7 +59,7 @@ def _cell(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, batch mean, batch variance, updated, work). rows: (statistics rows, c)."""
     lib = library()
-    inputs = [_channels_last(x) for x in (x0, x1)]
+    inputs = [channels_last(x) for x in (x0, x1)]
     weights = [weight.contiguous() for weight in weights]
     out = torch.empty(_out_shape(geometry), memory_format=torch.channels_last)
     batch = [torch.zeros(rows), torch.zeros(rows), torch.zeros(rows[0], 1)]
@@ -114,21 +98,21 @@ def _cell_backward(
     need: of x0, of x1, of alpha and beta, of the weights.
     """
     lib = library()
-    inputs = [_channels_last(x) for x in (x0, x1)]
+    inputs = [channels_last(x) for x in (x0, x1)]
     weights = [weight.contiguous() for weight in weights]
-    d_out = _channels_last(d_out)
-    d_x = [_gradient(x, wanted) for x, wanted in zip(inputs, need)]
-    d_mix = [_gradient(tensor, need[2]) for tensor in (alpha, beta)]
-    d_weights = [_gradient(weight, need[3]) for weight in weights]
+    d_out = channels_last(d_out)
+    d_x = [gradient(x, wanted) for x, wanted in zip(inputs, need)]
+    d_mix = [gradient(tensor, need[2]) for tensor in (alpha, beta)]
+    d_weights = [gradient(weight, need[3]) for weight in weights]
     arguments = _arguments(geometry, inputs, weights, alpha, beta, gates, (mean, variance), work=work.data_ptr())
     scratch = memory(lib.fpdarts_cell_scratch(arguments))
     arguments.d_out, arguments.scratch = d_out.data_ptr(), scratch.data_ptr()
-    arguments.d_x = _pointers([d if wanted else None for d, wanted in zip(d_x, need)])
+    arguments.d_x = pointers([d if wanted else None for d, wanted in zip(d_x, need)])
     if need[2]:
         arguments.d_alpha, arguments.d_beta = (d.data_ptr() for d in d_mix)
     if need[3]:
-        pointers = _pointers(d_weights)
-        arguments.d_weights = ctypes.addressof(pointers)
+        addresses = pointers(d_weights)
+        arguments.d_weights = ctypes.addressof(addresses)
     lib.fpdarts_cell_backward(arguments)
     return [*d_x, *d_mix, *d_weights]
 
@@ -136,7 +120,7 @@ def _cell_backward(
 @_cell_backward.register_fake
 def _(geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work):
     wanted = [(x0, need[0]), (x1, need[1]), (alpha, need[2]), (beta, need[2]), *((w, need[3]) for w in weights)]
-    return [_gradient(tensor, needed) for tensor, needed in wanted]
+    return [gradient(tensor, needed) for tensor, needed in wanted]
 
 
 def _setup_context(ctx, inputs, output):
@@ -165,11 +149,8 @@ _cell.register_autograd(_backward, setup_context=_setup_context)
 
 
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
-    if torch.is_autocast_enabled("cpu"):
-        raise ValueError("native kernels compute in float32; use --amp off, or --kernels reference")
     for x in inputs:
-        if x.dtype != torch.float32:
-            raise ValueError(f"native kernels compute in float32, not {x.dtype}; use --kernels reference")
+        float32_only(x)
     geometry = _geometry(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]))
     mean, variance = (None, None) if statistics is None else (table.contiguous() for table in statistics)
     out, *batch, _ = _cell(

@@ -1,0 +1,227 @@
+// The parts of a cell as functions of their own, with the cell's kernels: to be tested and timed alone. Maps are
+// (N, H, W, C) in memory; a slice of them is brought into blocks first, which a cell's own planes are already.
+#pragma once
+
+#include "engine.h"
+
+namespace FPDARTS_ISA {
+
+template <int V> class Parts {
+    const PartArguments& a;
+    int n, c, edges, stride, size[2], out_size[2], pixels, out_pixels, blocks, lanes, threads;
+
+   public:
+    explicit Parts(const PartArguments& arguments)
+        : a(arguments), n(a.images), c(a.channels), edges(a.edges), stride(a.stride), blocks(divide_up(c, V)),
+          lanes(blocks * V), threads(std::max<int64_t>(1, a.threads)) {
+        size[0] = a.height, size[1] = a.width;
+        for (int i = 0; i < 2; i++) out_size[i] = divide_up(size[i], stride);
+        pixels = size[0] * size[1], out_pixels = out_size[0] * out_size[1];
+    }
+
+    void stage() {
+        const auto weights = stage_weights(false);
+        // an odd size at stride 2 is computed as the even one above it: the padding is zero anyway
+        const Tile t = stage_tile(), d = out_tile();
+        for_images(n, threads, [&](int) {
+            float* tile = arena().take(blocks * t.pixels() * V);
+            float* line = arena().take(blocks * padded(d.width) * V);
+            float* out = arena().take(blocks * d.height * d.width * V);
+            return [&, tile, line, out](int image) {
+                for (int e = 0; e < edges; e++) {
+                    if (e == 0 || a.own) fill(tile, t, image, e);
+                    specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
+                        stage_forward<V, k, dilation, s>(tile, t, weights.of(e), blocks, out, line, nullptr);
+                    });
+                    scatter(a.out, edges * c, e * c, image, out_pixels, out);
+                }
+            };
+        });
+    }
+
+    void stage_gradient() {
+        const auto weights = stage_weights(true);
+        const Tile t = stage_tile(), d = out_tile();
+        const int64_t each = int64_t(a.kernel * a.kernel + lanes) * lanes, taps = int64_t(a.kernel) * a.kernel * lanes;
+        std::vector<std::vector<float>> gradients(threads, std::vector<float>(a.d_depthwise ? edges * each : 0));
+        for_images(n, threads, [&](int thread) {
+            const auto buffer = StageBuffers::take<V>(t, d, blocks);
+            float* d_out = arena().take(blocks * out_pixels * V);
+            const int map = blocks * t.height * padded(t.width) * V;
+            return [&, buffer, d_out, thread, map](int image) {
+                for (int e = 0; e < edges; e++) {
+                    const bool fresh = e == 0 || a.own;
+                    if (fresh) fill(buffer.tile, t, image, e), std::fill_n(buffer.d_map, map, 0.0f);
+                    gather(a.d_out, edges * c, e * c, image, out_pixels, d_out);
+                    float* own = a.d_depthwise ? &gradients[thread][e * each] : nullptr;
+                    specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
+                        stage_backward<V, k, dilation, s, true>(
+                            buffer, t, d, weights.of(e), blocks, own, own ? own + taps : nullptr,
+                            [&](int b, int first, int count, float* to) {
+                                std::copy_n(d_out + (int64_t(b) * out_pixels + first) * V, count * V, to);
+                            });
+                    });
+                    if (a.d_x && (a.own || e == edges - 1)) write_input_gradient(buffer, t, image, e);
+                }
+            };
+        });
+        if (!a.d_depthwise) return;
+        const auto total = [&](int64_t at) {
+            float sum = 0;
+            for (const auto& own : gradients) sum += own[at];
+            return sum;
+        };
+        for (int e = 0; e < edges; e++) {
+            const int rows = a.kernel * a.kernel;
+            for (int i = 0; i < rows + c; i++)
+                for (int k = 0; k < c; k++)
+                    (i < rows ? a.d_depthwise[(int64_t(e) * rows + i) * c + k]
+                              : a.d_pointwise[(int64_t(e) * c + i - rows) * c + k]) = total(e * each + i * lanes + k);
+        }
+    }
+
+    void pooling() {
+        const Tile t(size[0], size[1], 1, 1);
+        for_images(n, threads, [&](int) {
+            float *tile = arena().take(t.pixels() * V), *map = arena().take(blocks * pixels * V);
+            float* out = arena().take(blocks * out_pixels * V);
+            return [&, tile, map, out](int image) {
+                gather(a.x, c, 0, image, pixels, map);
+                for (int b = 0; b < blocks; b++) pool(tile, t, map, b, out);
+                scatter(a.out, c, 0, image, out_pixels, out);
+            };
+        });
+    }
+
+    void pooling_gradient() {
+        const Tile t(size[0], size[1], 1, 1);
+        for_images(n, threads, [&](int) {
+            float *tile = arena().take(t.pixels() * V), *d_tile = arena().take(t.pixels() * V);
+            float *map = arena().take(blocks * pixels * V), *d_out = arena().take(blocks * out_pixels * V);
+            float* out = arena().take(blocks * out_pixels * V);
+            return [&, tile, d_tile, map, d_out, out](int image) {
+                gather(a.x, c, 0, image, pixels, map);
+                gather(a.d_out, c, 0, image, out_pixels, d_out);
+                for (int b = 0; b < blocks; b++) {
+                    pool(tile, t, map, b, out);
+                    std::fill_n(d_tile, t.pixels() * V, 0.0f);
+                    const float *value = out + b * out_pixels * V, *d = d_out + b * out_pixels * V;
+                    const auto gradient = [=](int i) { return load<V>(d + i * V); };
+                    if (a.kind == MAXIMUM) pool_map_backward<V, true>(tile, value, t, stride, d_tile, gradient);
+                    else pool_map_backward<V, false>(tile, value, t, stride, d_tile, gradient);
+                    for (int y = 0; y < t.height; y++)
+                        std::copy_n(d_tile + t.at(y, 0) * V, t.width * V, map + (b * pixels + y * t.width) * V);
+                }
+                scatter(a.d_x, c, 0, image, pixels, map);
+            };
+        });
+    }
+
+    // Terms lie one after another in a.slices: of each its slice. a.x: pointers by way of a.terms.
+    void node() {
+        const int slices = a.partial, wide = slices * c;
+        for_images(n, threads, [&](int) {
+            float* parts = arena().take(slices * V);
+            return [&, parts](int image) {
+                for (int64_t i = int64_t(image) * pixels; i < int64_t(image + 1) * pixels; i++)
+                    for (int b = 0; b < blocks; b++) {
+                        for (int s = 0; s < slices; s++) store<V>(parts + s * V, Vec<V>{});
+                        for (int t = 0; t < a.count; t++)
+                            add_to<V>(parts + a.slices[t] * V,
+                                      a.coefficients[t] * load_some<V>(a.terms[t] + i * c + b * V, c - b * V));
+                        shuffle_pixel<V>(parts, V, slices, b, c, a.out + i * wide);
+                    }
+            };
+        });
+    }
+
+    void node_gradient() {
+        const int slices = a.partial, wide = slices * c;
+        std::vector<std::vector<double>> sums(threads, std::vector<double>(a.count));
+        for_images(n, threads, [&](int thread) {
+            float* parts = arena().take(slices * V);
+            return [&, parts, thread](int image) {
+                for (int64_t i = int64_t(image) * pixels; i < int64_t(image + 1) * pixels; i++)
+                    for (int b = 0; b < blocks; b++) {
+                        unshuffle_pixel<V>(a.d_out + i * wide, slices, b, c, parts, V);
+                        for (int t = 0; t < a.count; t++) {
+                            const int64_t at = i * c + b * V;
+                            const Vec<V> d = load<V>(parts + a.slices[t] * V);
+                            store_some<V>(a.d_terms[t] + at, a.coefficients[t] * d, c - b * V);
+                            const Vec<V> product = d * load_some<V>(a.terms[t] + at, c - b * V);
+                            for (int k = 0; k < V; k++) sums[thread][t] += product[k];
+                        }
+                    }
+            };
+        });
+        for (int t = 0; t < a.count; t++) {
+            double total = 0;
+            for (const auto& own : sums) total += own[t];
+            a.d_coefficients[t] = total;
+        }
+    }
+
+   private:
+    struct Weights {
+        std::vector<float> depthwise, pointwise;
+        size_t each_depthwise, each_pointwise;
+        StageWeights of(int e) const { return {&depthwise[each_depthwise * e], &pointwise[each_pointwise * e]}; }
+    };
+    Weights stage_weights(bool transposed) const {
+        Weights w;
+        const int taps = a.kernel * a.kernel;
+        w.depthwise = PackedWeights<V>::depthwise(a.depthwise, edges, taps, c, lanes);
+        w.each_depthwise = w.depthwise.size() / edges, w.each_pointwise = PackedWeights<V>::matrix_size(c, c);
+        w.pointwise.resize(w.each_pointwise * edges);
+        for (int e = 0; e < edges; e++)
+            PackedWeights<V>::matrix(a.pointwise + int64_t(e) * c * c, c, c, transposed, &w.pointwise[w.each_pointwise * e]);
+        return w;
+    }
+    Tile stage_tile() const { return Tile(out_size[0] * stride, out_size[1] * stride, MARGIN, stride); }
+    Tile out_tile() const { return Tile(out_size[0], out_size[1], MARGIN, 1); }
+
+    void fill(float* tile, const Tile& t, int image, int e) const {
+        const int wide = a.own ? edges * c : c, offset = a.own ? e * c : 0;
+        for (int b = 0; b < blocks; b++)
+            for (int y = 0; y < size[0]; y++) {
+                const float* from = a.x + (int64_t(image) * pixels + y * size[1]) * wide + offset + b * V;
+                float* to = tile + (int64_t(b) * t.pixels() + t.at(y, 0)) * V;
+                for (int x = 0; x < size[1]; x++)
+                    store<V>(to + x * V, relu<V>(load_some<V>(from + int64_t(x) * wide, c - b * V)));
+            }
+    }
+    void write_input_gradient(const StageBuffers& buffer, const Tile& t, int image, int e) const {
+        const int wide = a.own ? edges * c : c, offset = a.own ? e * c : 0;
+        for (int b = 0; b < blocks; b++)
+            for (int y = 0; y < size[0]; y++) {
+                float* to = a.d_x + (int64_t(image) * pixels + y * size[1]) * wide + offset + b * V;
+                const float* seen = buffer.tile + (int64_t(b) * t.pixels() + t.at(y, 0)) * V;
+                const float* d = buffer.d_map + (int64_t(b) * t.height + y) * padded(t.width) * V;
+                for (int x = 0; x < size[1]; x++)
+                    store_some<V>(to + int64_t(x) * wide, where_positive<V>(load<V>(seen + x * V), load<V>(d + x * V)),
+                                  c - b * V);
+            }
+    }
+
+    void pool(float* tile, const Tile& t, const float* map, int b, float* out) const {
+        std::fill_n(tile, t.pixels() * V, a.kind == MAXIMUM ? -FLT_MAX : 0.0f);
+        copy_into<V>(tile, t, map + int64_t(b) * pixels * V);
+        if (a.kind == MAXIMUM) pool_map<V, true>(tile, t, stride, out + b * out_pixels * V);
+        else pool_map<V, false>(tile, t, stride, out + b * out_pixels * V);
+    }
+
+    // c channels from `offset` on of an image's pixels of `wide` channels, into blocks, and back.
+    void gather(const float* from, int wide, int offset, int image, int map, float* to) const {
+        from += int64_t(image) * map * wide + offset;
+        for (int i = 0; i < map; i++, from += wide)
+            for (int b = 0; b < blocks; b++) store<V>(to + (int64_t(b) * map + i) * V, load_some<V>(from + b * V, c - b * V));
+    }
+    void scatter(float* to, int wide, int offset, int image, int map, const float* from) const {
+        to += int64_t(image) * map * wide + offset;
+        for (int i = 0; i < map; i++, to += wide)
+            for (int b = 0; b < blocks; b++)
+                store_some<V>(to + b * V, load<V>(from + (int64_t(b) * map + i) * V), c - b * V);
+    }
+};
+
+}  // namespace FPDARTS_ISA
