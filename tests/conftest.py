@@ -19,7 +19,8 @@ def plant(monkeypatch):
     def make(name, **functions):
         module = ModuleType(f"fpdarts.kernels.{name}")
         module.__spec__ = ModuleSpec(module.__name__, None)
-        for key in ("unavailable", "stage", "pooling", "factorized_reduction", "normalize", "node", "cell"):
+        parts = "stage", "pooling", "factorized_reduction", "normalize", "node"
+        for key in ("unavailable", *parts, "cell", "derived_cell"):
             setattr(module, key, functions.get(key, getattr(reference, key)))
         monkeypatch.setitem(sys.modules, module.__name__, module)
         if name not in kernels.BACKENDS:
