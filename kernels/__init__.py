@@ -8,6 +8,7 @@ into the stage that follows, for one); it is then tested against the same compos
 Parameters are packed as ``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -72,6 +73,11 @@ def backend(name: str = "auto", device: str = "cpu", function: str = "cell") -> 
     Raises ValueError for an unknown name and BackendUnavailable, with the reason, for one that cannot run: a back end
     that is asked for by name never falls back to another.
     """
+    return sys.modules[_loaded(name, device, function)]
+
+
+def _loaded(name: str, device: str, function: str) -> str:
+    """Name of the back end's module, which is now imported."""
     validate(name)
     if name == "auto" and device == "meta":
         name = "reference"  # others run nothing there, they only count
@@ -80,7 +86,10 @@ def backend(name: str = "auto", device: str = "cpu", function: str = "cell") -> 
     reason = _reason_against(name, device) or _reason_lacking(name, function)
     if reason:
         raise BackendUnavailable(f"kernels {name!r} cannot run here: {reason}")
-    return import_module(f"{__name__}.{name}")
+    return import_module(f"{__name__}.{name}").__name__
+
+
+_loaded._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, without importing torch
 
 
 def stage(x: "Tensor", depthwise: "Tensor", pointwise: "Tensor", *, stride=1, dilation=1, kernels="auto") -> "Tensor":

@@ -10,7 +10,7 @@ Two orders of a cell's edges are in use:
   edges that leave a state read the same slice of channels, so they lie side by side and are computed together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
 from typing import NamedTuple
@@ -217,10 +217,22 @@ class DerivedCellSpec:
     reduction: bool = False
     factorized_input: bool = False
 
+    # These follow from the others. They are no cached properties, whose lock torch.compile cannot trace.
+    factorized: dict[str, int] = field(init=False, repr=False, compare=False)
+    """Every factorized reduction by name, and the channels that it reads."""
+    parameters: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    """Shape of every weight by name, those of convolutions as torch.nn.Conv2d has them."""
+    normalizations: dict[str, int] = field(init=False, repr=False, compare=False)
+    """Row of each normalization, by name, in the cell's table of statistics, (rows, C)."""
+
     def __post_init__(self):
         for i, (name, source) in enumerate(self.edges):
             if OPERATIONS[name].kind == "none" or not 0 <= source < i // 2 + 2:
                 raise ValueError(f"edge {i} cannot be {name} from state {source}")
+        object.__setattr__(self, "factorized", self._factorized())
+        object.__setattr__(self, "parameters", self._parameters())
+        names = [name.removesuffix(".bias") for name in self.parameters if name.endswith(".bias")]
+        object.__setattr__(self, "normalizations", {name: row for row, name in enumerate(names)})
 
     @property
     def nodes(self) -> int:
@@ -238,18 +250,14 @@ class DerivedCellSpec:
         firsts = [4 * stage + 1 for stage in stages]  # behind a ReLU each
         return tuple(Stage(f"{start}.{i}.weight", f"{start}.{i + 1}.weight", f"{start}.{i + 2}") for i in firsts)
 
-    @cached_property
-    def factorized(self) -> dict[str, int]:
-        """Every factorized reduction by name, and the channels that it reads."""
+    def _factorized(self) -> dict[str, int]:
         found = {"preprocess0": self.input_channels[0]} if self.factorized_input else {}
         for edge, (name, _) in enumerate(self.edges):
             if OPERATIONS[name].kind == "skip" and self.stride(edge) == 2:
                 found[f"operations.{edge}"] = self.channels
         return found
 
-    @cached_property
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight by name, those of convolutions as torch.nn.Conv2d has them."""
+    def _parameters(self) -> dict[str, tuple[int, ...]]:
         c, shapes = self.channels, {}
 
         def normalization(name):
@@ -275,9 +283,3 @@ class DerivedCellSpec:
             if f"operations.{edge}" in self.factorized:
                 factorized(f"operations.{edge}")
         return shapes
-
-    @cached_property
-    def normalizations(self) -> dict[str, int]:
-        """Row of each normalization, by name, in the cell's table of statistics, (rows, C)."""
-        biases = [name for name in self.parameters if name.endswith(".bias")]
-        return {name.removesuffix(".bias"): row for row, name in enumerate(biases)}

@@ -101,10 +101,9 @@ def pointwise_dgrad_kernel(
         if STRIDE == 2:
             loaded = inside & (y % 2 == half) & (x % 2 == half)
             where = ((n * OH + y // 2) * OW + x // 2).to(tl.int64)
-        width: tl.constexpr = HALF if half == 0 else C - HALF
-        for start in range(0, width, BLOCK_K):
+        for start in range(0, C - HALF if half == 1 else HALF, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
-            c, real = half * HALF + j, j < width
+            c, real = half * HALF + j, j < (C - HALF if half == 1 else HALF)
             mask = loaded[:, None] & real[None, :]
             d = tl.load(d_ptr + (where * d_row)[:, None] + c[None, :], mask=mask, other=0.0)
             raw = tl.load(raw_ptr + (where * C)[:, None] + c[None, :], mask=mask, other=0.0)

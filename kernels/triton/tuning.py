@@ -76,8 +76,9 @@ def columns(channels: int, most: int = 64) -> int:
 
 
 def derived(channels: int) -> dict:
-    """Of kernels that read maps element by element."""
-    return {"BLOCK": block(), "COLUMNS": columns(channels), "num_warps": 4}
+    """Of kernels that read maps element by element: 32 elements a thread at most, of which some keep four numbers."""
+    wide = columns(channels)
+    return {"BLOCK": min(block(), 4096 // wide), "COLUMNS": wide, "num_warps": 4}
 
 
 def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
