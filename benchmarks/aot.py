@@ -183,7 +183,24 @@ def compiled(job: dict, arch: int) -> dict:
 
 
 def _told(job: dict) -> str:
-    shown = ("C", "C_IN", "STRIDE", "TAPS", "POOLED", "DROP", "ACTIVATE", "EDGES", "NORMALIZE", "STATISTICS", "K", "IS_NODE", "BLOCK", "BLOCK_K", "COLUMNS", "PRECISION")
+    shown = (
+        "C",
+        "C_IN",
+        "STRIDE",
+        "TAPS",
+        "POOLED",
+        "DROP",
+        "ACTIVATE",
+        "EDGES",
+        "NORMALIZE",
+        "STATISTICS",
+        "K",
+        "IS_NODE",
+        "BLOCK",
+        "BLOCK_K",
+        "COLUMNS",
+        "PRECISION",
+    )
     words = [f"{name}={job['constants'][name]}" for name in shown if name in job["constants"]]
     return " ".join(words + [f"{key}={value}" for key, value in job["options"].items()])
 

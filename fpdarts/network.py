@@ -120,7 +120,9 @@ class Cell(nn.Module):
         statistics = None
         if not self.training:
             norms = self.normalizations()
-            statistics = tuple(torch.stack([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var"))
+            statistics = tuple(
+                torch.stack([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var")
+            )
         weights = dict(self.named_parameters())
         return kernel_backends.derived_cell(
             self.spec, (before, previous), weights, path_scales, statistics, kernels=kernels

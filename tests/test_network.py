@@ -173,7 +173,9 @@ NAMES = """
     preprocess0.2.num_batches_tracked operations.0.1.weight operations.0.2.weight operations.0.3.weight
     operations.0.3.running_var operations.0.5.weight operations.0.6.weight operations.0.7.bias operations.3.3.weight
 """
-NAMES_OF_A_REDUCTION = "preprocess0.even.weight preprocess0.odd.weight preprocess0.norm.weight preprocess1.2.running_mean"
+NAMES_OF_A_REDUCTION = (
+    "preprocess0.even.weight preprocess0.odd.weight preprocess0.norm.weight preprocess1.2.running_mean"
+)
 
 
 def test_checkpoints_keep_their_names():

@@ -37,9 +37,7 @@ def depthwise_fwd_kernel(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     inside, kept = rows < M, c < C
-    mean, scale, shift = affine(
-        mean_ptr, inverse_ptr, params_ptr, tl.load(jobs_ptr + 1).to(tl.int32), c, kept, ROWS, C
-    )
+    mean, scale, shift = affine(mean_ptr, inverse_ptr, params_ptr, tl.load(jobs_ptr + 1).to(tl.int32), c, kept, ROWS, C)
     n, oy, ox = position(rows, OH, OW)
     pad = dilation * (side - 1) // 2
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
@@ -184,9 +182,7 @@ def depthwise_wgrad_kernel(
     kept = c < C
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     d_ptr += tl.multiple_of(tl.load(jobs_ptr + 2), 8)
-    mean, scale, shift = affine(
-        mean_ptr, inverse_ptr, params_ptr, tl.load(jobs_ptr + 1).to(tl.int32), c, kept, ROWS, C
-    )
+    mean, scale, shift = affine(mean_ptr, inverse_ptr, params_ptr, tl.load(jobs_ptr + 1).to(tl.int32), c, kept, ROWS, C)
     pad = dilation * (side - 1) // 2
     down, across = tap // side * dilation - pad, tap % side * dilation - pad
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)

@@ -91,9 +91,7 @@ class Gradients:
 
     def level(self, level: int):
         p, work = self.p, self.work
-        states = tuple(
-            node + 2 for node in p.levels[level] if node + 2 in p.live and p.d_states[node + 2] != NOWHERE
-        )
+        states = tuple(node + 2 for node in p.levels[level] if node + 2 in p.live and p.d_states[node + 2] != NOWHERE)
         self.source(("nodes", level), lambda: p.state_jobs(states), 1, p.outer, False)
         self.reduce(level)
         stages = p.of_level(p.convolutions, level, True)

@@ -120,9 +120,7 @@ class Work:
         firsts, seconds = [v for v in stages if v.source != NOWHERE], [v for v in stages if v.source == NOWHERE]
         for stride in (1, 2):
             self.depthwise(("first", stride, level), [v for v in firsts if v.stride == stride], stride)
-        self.pointwise(
-            ("first pointwise", level), lambda: p.pointwise_jobs(firsts), self.space, p.c, 1, p.outer, False
-        )
+        self.pointwise(("first pointwise", level), lambda: p.pointwise_jobs(firsts), self.space, p.c, 1, p.outer, False)
         reductions = p.of_level(p.reductions, level)
         self.pointwise(
             ("halves", level), lambda: p.halves_jobs(reductions), self.space, p.c, 2, p.inner, True

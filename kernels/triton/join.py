@@ -58,9 +58,7 @@ def join_fwd_kernel(
         term = jobs_ptr + 2 + i * 6
         mode, edge = tl.load(term), tl.load(term + 3).to(tl.int32)
         map_ptr = x_ptr + tl.multiple_of(tl.load(term + 1), 8)
-        mean, scale, shift = affine(
-            mean_ptr, inverse_ptr, params_ptr, tl.load(term + 2).to(tl.int32), c, kept, ROWS, C
-        )
+        mean, scale, shift = affine(mean_ptr, inverse_ptr, params_ptr, tl.load(term + 2).to(tl.int32), c, kept, ROWS, C)
         value = tl.zeros([BLOCK, COLUMNS], tl.float32)
         if mode == 0:
             value = tl.load(map_ptr + where, mask=mask, other=0.0).to(tl.float32)
