@@ -1,11 +1,12 @@
-"""Compiles every Triton kernel in every configuration that a search or a retraining launches, for GPUs that are not there.
+"""Compiles every Triton kernel, in every configuration that a step launches, for GPUs that are not there.
 
     python -m benchmarks.aot [--arch 80 90] [--dtypes float32 bfloat16 tf32] [--steps search retrain] [--json]
 
-The configurations are those that the launchers ask for on the meta device, in a weight and an architecture step of the
-CIFAR-10 and ImageNet searches with K = 2 and 4, and in a step of both retrainings, of genotypes that have everything. Told are registers, spills, shared memory, the widest load and the
-tensor core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads
-its data in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
+The configurations are those that the launchers ask for on the meta device: in a weight and an architecture step of the
+CIFAR-10 and ImageNet searches with K = 2 and 4, and in a step and an evaluation of both retrainings, of genotypes that
+have every operation. Told are registers, spills, shared memory, the widest load and the tensor core instructions of
+each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads its data in pieces narrower
+than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The derived network: a genotype's cells stacked, to be trained from scratch.
 
-From top to bottom: the operations, the cell, stems and auxiliary head, the network. Operations are modules for the sake
-of their parameters and buffers, which checkpoints know by these names; what a cell computes is ``kernels.derived_cell``.
+From top to bottom: the operations, the cell, stems and auxiliary head, the network. Operations are modules for their
+parameters and buffers, which checkpoints know by these names; what a cell computes is ``kernels.derived_cell``.
 """
 
 import torch

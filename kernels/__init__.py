@@ -186,7 +186,8 @@ def derived_cell(
     path_scales: (edges, N, 1, 1, 1), what drop-path multiplies each edge's samples by, identities excepted; no gradient
         flows to it. None drops nothing.
     statistics: (mean, variance), each (rows, C), to normalize by in evaluation; None takes the batch's own.
-    Returns (out (N, len(concat)*C, H', W'), Statistics of the batch or None in evaluation). Poolings are not normalized.
+    Poolings are not normalized.
+    Returns (out (N, len(concat)*C, H', W'), Statistics of the batch or None in evaluation).
     Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, and for
     inputs whose sizes do not fit each other.
     """

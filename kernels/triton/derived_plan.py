@@ -1,4 +1,4 @@
-"""Where everything of a derived cell lies, and the tables of jobs that its kernels read: made once for a shape, and kept.
+"""Where everything of a derived cell lies, and the tables of jobs that its kernels read, made once for a shape.
 
 A cell's maps are matrices, a row a pixel, of C channels, at offsets in one workspace; their gradients lie in another.
 Two kinds of things are computed: convolutions (a stage: depthwise, pointwise, normalization) and factorized reductions.

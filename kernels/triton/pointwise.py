@@ -1,8 +1,9 @@
 """1x1 convolutions of a derived cell as matrix products: forward with the statistics of what they make, and both
 gradients, for which the normalization's backward is done on load.
 
-Weights are read as PyTorch keeps them, (outputs, inputs) in float32. A factorized reduction (STRIDE 2) is two products:
-half 0, the first HALF outputs, reads the even pixels, half 1 the odd ones. Elsewhere there is but half 0, and HALF is C.
+Weights are read as PyTorch keeps them, (outputs, inputs) in float32. A factorized reduction (STRIDE 2) is two
+products: half 0, the first HALF outputs, reads the even pixels, half 1 the odd ones. Elsewhere there is but half 0, and
+HALF is C.
 """
 
 import triton
@@ -130,9 +131,9 @@ def pointwise_dgrad_kernel(
 
 @kernel
 def pointwise_wgrad_kernel(
-    d_ptr, d_out_ptr, raw_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, gradient_ptr, scales_ptr, partial_ptr, jobs_ptr,
-    M, H, W, OH, OW, IMAGES, ROWS, STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
-    OUT_ROW: tl.constexpr, ACTIVATE: tl.constexpr, TRAINING: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr,
+    d_ptr, d_out_ptr, raw_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, gradient_ptr, scales_ptr, partial_ptr,
+    jobs_ptr, M, H, W, OH, OW, IMAGES, ROWS, STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr,
+    HALF: tl.constexpr, OUT_ROW: tl.constexpr, ACTIVATE: tl.constexpr, TRAINING: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, blocks of outputs and inputs). A job: own, offset of the normalized output's
