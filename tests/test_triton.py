@@ -44,14 +44,23 @@ def test_launches_and_bytes_of_a_step():
     assert both["architecture_step"]["total"]["bytes"] < step["total"]["bytes"]
 
 
+@pytest.mark.parametrize("stem, launches, gigabytes", [("cifar", 590, 20.5), ("imagenet", 500, 22)])
+def test_launches_and_bytes_of_a_step_of_retraining(stem, launches, gigabytes):
+    ours, theirs = (
+        profile.main(profile.Options(side, what="retrain", stem=stem, dtype="bfloat16"))["retrain_step"]["total"]
+        for side in ("triton", "reference")
+    )
+    assert ours["launches"] <= launches and ours["bytes"] <= gigabytes * 1e9
+    assert ours["launches"] < theirs["launches"] / 4 and ours["bytes"] < theirs["bytes"] / 1.6
+
+
 def test_kernels_compile_for_a_gpu_that_is_not_there():
     from benchmarks import aot
 
-    options = aot.Options(
-        arch=(90,), dtypes=("bfloat16",), searches=("cifar",), partial=(2,), kernels=("draw", "node_reduce"), jobs=1
-    )
+    kernels = "draw", "node_reduce", "join_reduce", "depthwise_fwd"
+    options = aot.Options(arch=(90,), dtypes=("bfloat16",), searches=("cifar",), partial=(2,), kernels=kernels, jobs=1)
     result = aot.main(options)
-    assert {row["kernel"] for row in result["rows"]} == {"draw_kernel", "node_reduce_kernel"}
+    assert {row["kernel"] for row in result["rows"]} == {f"{name}_kernel" for name in kernels}
     assert result["passed"], aot.show(result)
     assert all(row["widest_load"] == 128 for row in result["rows"])
 

@@ -88,7 +88,7 @@ def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
     whole = max(16, 1 << (wide - 1).bit_length())
     found = whole if whole <= most else columns(wide, 64)
     return {
-        "BLOCK": 64 if size == 4 else 128, "BLOCK_K": max(16, columns(summed, 16 if size == 4 else 64)),
+        "BLOCK": 64 if size == 4 else 128, "BLOCK_K": max(16, columns(summed, 16 if size == 4 else 32)),
         "COLUMNS": found, "num_warps": 8 if found == 128 or (exact and found == 64) else 4, "num_stages": 1,
     }  # fmt: skip
 
