@@ -182,8 +182,8 @@ def supernet(model, n: int, size: tuple[int, int], gates, d_weight=True) -> Pass
 def derived_cell(spec: DerivedCellSpec, n: int, sizes: Sequence[tuple[int, int]]) -> Passes:
     """A cell of a derived network in the fused form, in training.
 
-    n: images. sizes: (H, W) of its two inputs. A convolution reads its input and writes its output raw, and the next one
-    normalizes on load; a node reads two maps and writes its state.
+    n: images. sizes: (H, W) of its two inputs. A convolution reads its input and writes its output raw, and the next
+    one normalizes on load; a node reads two maps and writes its state.
     """
     total, c = Passes(), spec.channels
     inner = n * c * sizes[1][0] * sizes[1][1]  # elements of states 0 and 1

@@ -60,8 +60,8 @@ class Gradients:
         elements = len(rows) * m * (2 * p.c / stride**2 + c_in * (1 + activated))
         launch(
             pointwise_dgrad_kernel, (pieces(m, options["BLOCK"]), len(rows), pieces(c_in, options["COLUMNS"])), tensors,
-            work.moved(elements), M=m, **work.sizes(stride, size), **self.arriving, STRIDE=stride, C_IN=c_in, HALF=p.c // stride,
-            ACTIVATED=activated, TRAINING=work.training, WEIGHT_ALIGN=p.weight_align,
+            work.moved(elements), M=m, **work.sizes(stride, size), **self.arriving, STRIDE=stride, C_IN=c_in,
+            HALF=p.c // stride, ACTIVATED=activated, TRAINING=work.training, WEIGHT_ALIGN=p.weight_align,
             DTYPE=TRITON_DTYPE[work.dtype], **options,
         )  # fmt: skip
 

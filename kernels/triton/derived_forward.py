@@ -43,7 +43,7 @@ class Work:
         return {"params_ptr": self.params, "mean_ptr": self.mean, "inverse_ptr": self.inverse}
 
     def sizes(self, stride: int, size=None) -> dict:
-        """Runtime arguments of a kernel whose maps have a size (H, W) before its stride; the cell's own if not given."""
+        """Runtime arguments of a kernel. size: (H, W) of its maps before the stride, the cell's own if not given."""
         height, width = size or (self.p.inner if stride == 2 else self.p.outer)
         return {"H": height, "W": width, "OH": height // stride, "OW": width // stride}
 
@@ -86,10 +86,9 @@ class Work:
         }  # fmt: skip
         launch(
             pointwise_fwd_kernel, (tiles, len(rows), blocks), tensors,
-            self.moved(len(rows) * m * (c_in + p.c / stride)), M=m,
-            **self.sizes(stride, size), ROWS=p.rows, EPSILON=EPSILON, STRIDE=stride, C_IN=c_in, C=p.c, HALF=p.c // stride,
-            ACTIVATE=activate, STATISTICS=self.training, WEIGHT_ALIGN=p.weight_align,
-            DTYPE=TRITON_DTYPE[self.dtype], **options,
+            self.moved(len(rows) * m * (c_in + p.c / stride)), M=m, **self.sizes(stride, size), ROWS=p.rows,
+            EPSILON=EPSILON, STRIDE=stride, C_IN=c_in, C=p.c, HALF=p.c // stride, ACTIVATE=activate,
+            STATISTICS=self.training, WEIGHT_ALIGN=p.weight_align, DTYPE=TRITON_DTYPE[self.dtype], **options,
         )  # fmt: skip
 
     def preprocess(self, i: int, x):
