@@ -134,7 +134,8 @@ def pointwise_wgrad_kernel(
     d_ptr, d_out_ptr, raw_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, gradient_ptr, scales_ptr, partial_ptr,
     jobs_ptr, M, H, W, OH, OW, IMAGES, ROWS, STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr,
     HALF: tl.constexpr, OUT_ROW: tl.constexpr, ACTIVATE: tl.constexpr, TRAINING: tl.constexpr, DROP: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, blocks of outputs and inputs). A job: own, offset of the normalized output's
     gradient (see incoming), edge whose samples are scaled, raw offset, its row of the statistics, x offset, its row of
