@@ -23,9 +23,8 @@ class _DerivedCell(torch.autograd.Function):
         dtype, device = x0.dtype, x0.device
         p = derived_plan(spec, x0.shape[0], tuple(x1.shape[2:]), device)
         work = Work(p, dtype, dict(zip(spec.parameters, weights)), path_scales, statistics)
-        out = torch.empty(
-            p.n, p.out_row, *p.outer, dtype=dtype, device=device, memory_format=torch.channels_last
-        )  # fmt: skip
+        shape = p.n, p.out_row, *p.outer
+        out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
         work.arrange()
         for i, x in enumerate((x0, x1)):
             work.preprocess(i, x)

@@ -107,9 +107,9 @@ class Gradients:
 
     def hidden(self, key, convolutions):
         """Of depthwise outputs."""
-        p, work = self.p, self.work
+        p = self.p
         make = lambda: p.pointwise_dgrad_jobs(convolutions)  # noqa: E731
-        self.pointwise(key, make, work.space, self.d, p.c, 1, p.outer, False)
+        self.pointwise(key, make, self.work.space, self.d, p.c, 1, p.outer, False)
 
     def states(self):
         """Of both input states."""
@@ -190,7 +190,7 @@ class Gradients:
 
         def run(partial):
             rows = [[*v.x, v.d_hidden, v.side, v.dilation, place[0]] for v, place in zip(convolutions, places)]
-            _, jobs = p.table(("depthwise wgrad", stride, parts), lambda: rows)
+            _, jobs = p.table(("depthwise wgrad", stride, places[0][0], parts), lambda: rows)
             tensors = {"d_ptr": self.d, "x_ptr": work.space, **work.normalizing, "partial_ptr": partial}
             launch(
                 depthwise_wgrad_kernel, (parts, len(rows), taps * work.blocks), tensors | {"jobs_ptr": jobs},

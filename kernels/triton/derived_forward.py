@@ -121,9 +121,7 @@ class Work:
             self.depthwise(("first", stride, level), [v for v in firsts if v.stride == stride], stride)
         self.pointwise(("first pointwise", level), lambda: p.pointwise_jobs(firsts), self.space, p.c, 1, p.outer, False)
         reductions = p.of_level(p.reductions, level)
-        self.pointwise(
-            ("halves", level), lambda: p.halves_jobs(reductions), self.space, p.c, 2, p.inner, True
-        )  # fmt: skip
+        self.pointwise(("halves", level), lambda: p.halves_jobs(reductions), self.space, p.c, 2, p.inner, True)
         self.depthwise(("second", level), seconds, 1)
         self.pointwise(
             ("second pointwise", level), lambda: p.pointwise_jobs(seconds), self.space, p.c, 1, p.outer, False

@@ -34,6 +34,13 @@ def elementwise(wide: int, size: int) -> dict:
     return {"num_warps": 8 if wide * size >= 64 else 4}
 
 
+def state_gradient(wide: int, size: int, stride: int) -> dict:
+    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held."""
+    if stride == 2:
+        return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8)}
+    return {"BLOCK": block(), "num_warps": 8 if wide * size >= 32 else 4}
+
+
 def convolution(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     """wide_in, wide_out: columns of the two operands, powers of two. precision: of float32, ``ieee`` or ``tf32``. size:
     bytes of an element. Exact float32 takes no tensor cores, and four times the registers."""
