@@ -88,3 +88,19 @@ def test_a_search_is_the_same_with_and_without_graphs(tmp_path):
     for with_graphs, without in zip(*rows):
         assert with_graphs["train_loss"] == without["train_loss"]
         assert with_graphs["alpha_normal"] == without["alpha_normal"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_retraining_is_the_same_with_and_without_graphs(tmp_path):
+    import json
+
+    from fpdarts.config import RetrainConfig
+    from fpdarts.retrain import retrain
+
+    losses = []
+    for graphs in (True, False):
+        out = tmp_path / str(graphs)
+        tiny = dict(init_channels=8, cells=3, epochs=3, limit=200, batch_size=32)
+        retrain(RetrainConfig(out=str(out), kernels="triton", device="cuda", cuda_graphs=graphs, **tiny))
+        losses.append([json.loads(line)["train_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == losses[1]
