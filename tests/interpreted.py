@@ -9,6 +9,7 @@ import torch
 from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 
 from fpdarts import DerivedNetwork, GateSampler, Genotype, SuperNet, kernels
+from fpdarts.check import CELL_TOLERANCE
 from fpdarts.space import DEFAULT_SUBSETS
 
 TOLERANCE = 1e-5  # relative; float32 sums of some hundred terms leave a few 1e-7
@@ -199,14 +200,16 @@ DERIVED = {
 
 @pytest.mark.parametrize("setting", DERIVED)
 def test_derived_cell(setting):
-    derived_cell(**DERIVED[setting])
+    inputs, run = derived_case(**DERIVED[setting])
+    compare(run, inputs)
 
 
-def derived_cell(edges, size, n=2, channels=8, concat=None, reduction=False, factorized=False, **options):
-    concat = concat or tuple(range(2, 2 + len(edges) // 2))
+def derived_case(edges, size, n=2, channels=8, concat=None, reduction=False, factorized=False, **options):
+    """(inputs by name, what computes the cell from them)."""
     # In some draws a channel of few samples has a mean of many deviations; then the last bit of the mean is 1e-5 of a
     # gradient, and PyTorch's float32 is off as well.
     torch.manual_seed(1)
+    concat = concat or tuple(range(2, 2 + len(edges) // 2))
     spec = DerivedCellSpec(channels, (12, 20), edges, concat, reduction, factorized)
     sizes = (tuple(2 * side for side in size) if factorized else size), size
     inputs = {f"input {i}": torch.randn(n, c, *s) for i, (c, s) in enumerate(zip(spec.input_channels, sizes))}
@@ -227,7 +230,27 @@ def derived_cell(edges, size, n=2, channels=8, concat=None, reduction=False, fac
         out, batch = kernels.derived_cell(spec, (t["input 0"], t["input 1"]), weights, path_scales, given, kernels=k)
         return out, *(batch[:2] if batch else ())
 
-    compare(run, inputs)
+    return inputs, run
+
+
+def test_derived_cell_in_bfloat16(monkeypatch):
+    """Stored in bfloat16. The interpreter's products of bfloat16 are wrong, so operands are float32 here."""
+    import triton.language as tl
+    from fpdarts.kernels.triton.derived_forward import TRITON_DTYPE
+
+    monkeypatch.setitem(TRITON_DTYPE, torch.bfloat16, tl.float32)
+    inputs, run = derived_case(EVERY, (6, 6), drop=True)
+    results = []
+    for name, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        leaves = {key: value.to(dtype).requires_grad_() for key, value in inputs.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "triton"):
+            out = run(name, leaves)[0]
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        results.append([out.detach(), *torch.autograd.grad(out, leaves.values(), direction.to(out))])
+        assert name == "reference" or out.dtype == torch.bfloat16
+    errors = [(b.double() - a).norm() / a.norm() for a, b in zip(*results)]
+    assert errors[0] <= CELL_TOLERANCE["bf16"].output, "out"
+    assert max(errors[1:]) <= CELL_TOLERANCE["bf16"].gradient, "gradients"
 
 
 def test_an_architecture_step_computes_no_gradient_of_weights():
