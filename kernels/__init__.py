@@ -3,9 +3,9 @@
 A back end is a module of this package with the functions below, in the same signatures, and ``unavailable(device)``,
 which returns None or the reason why it cannot run there. ``cell`` is what a search calls, and ``derived_cell`` what
 retraining calls, which a back end may do without; the other functions are parts of ``cell``, public so that each can be
-tested and timed alone. A faster back end may merge neighbouring parts (normalize
-into the stage that follows, for one); it is then tested against the same composition of the reference's parts.
-Parameters are packed as ``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
+tested and timed alone. A faster back end may merge neighbouring parts (normalize into the stage that follows, for one);
+it is then tested against the same composition of the reference's parts. Parameters are packed as
+``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
 """
 
 import sys
