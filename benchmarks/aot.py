@@ -1,11 +1,12 @@
-"""Compiles every Triton kernel in every configuration that a search launches, for GPUs that are not there.
+"""Compiles every Triton kernel, in every configuration that a step launches, for GPUs that are not there.
 
-    python -m benchmarks.aot [--arch 80 90] [--dtypes float32 bfloat16 tf32] [--json]
+    python -m benchmarks.aot [--arch 80 90] [--dtypes float32 bfloat16 tf32] [--steps search retrain] [--json]
 
-The configurations are those that the launchers ask for on the meta device, in a weight and an architecture step of the
-CIFAR-10 and ImageNet searches with K = 2 and 4. Told are registers, spills, shared memory, the widest load and the
-tensor core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads
-its data in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
+The configurations are those that the launchers ask for on the meta device: in a weight and an architecture step of the
+CIFAR-10 and ImageNet searches with K = 2 and 4, and in a step and an evaluation of both retrainings, of genotypes that
+have every operation. Told are registers, spills, shared memory, the widest load and the tensor core instructions of
+each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads its data in pieces narrower
+than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
 """
 
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 # kernels whose loads are single numbers or strided by their nature, and are a small part of all bytes
 NARROW = {"mix_fwd_kernel", "mix_bwd_kernel", "expand_kernel", "contract_kernel", "halves_kernel", "gather_kernel"}
+NARROW |= {"arrange_kernel", "collect_kernel"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Options:
     """Compute capabilities times ten."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "tf32")
     """tf32: float32 with torch.set_float32_matmul_precision("high")."""
+    steps: tuple[str, ...] = ("search", "retrain")
     searches: tuple[str, ...] = ("cifar", "imagenet")
+    """Protocols, of retrainings too."""
     partial: tuple[int, ...] = (2, 4)
     """K."""
     kernels: tuple[str, ...] = ()
@@ -43,34 +47,72 @@ class Options:
 def configurations(options: Options) -> dict[tuple, dict]:
     """(kernel, constants and specialization) -> what a process needs to compile it, over all steps."""
     import torch
+
+    found = {}
+    for dtype in options.dtypes:
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        storage = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        for protocol in options.searches:
+            for step in options.steps:
+                for kernel, tensors, arguments in STEPS[step](protocol, storage, options):
+                    key, job = _specialized(kernel, tensors, arguments)
+                    found.setdefault(key, job | {"dtype": dtype})
+    torch.set_float32_matmul_precision("highest")
+    return found
+
+
+def _searched(protocol, storage, options):
+    """Launches of a weight step and of an architecture step."""
+    import torch
     import torch.nn.functional as F
     from fpdarts.kernels.triton.launch import counting
 
     from fpdarts import SuperNet
     from fpdarts.architect import frozen
 
-    found = {}
-    for dtype in options.dtypes:
-        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-        storage = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        for search in options.searches:
-            for k in options.partial:
-                n, side = (256, 32) if search == "cifar" else (128, 224)
-                with torch.device("meta"):
-                    model = SuperNet(10, 16, 8, partial=k, stem=search, kernels="triton").to(storage)
-                    images, labels = torch.empty(n, 3, side, side, dtype=storage), torch.empty(n, dtype=torch.long)
-                for fixed, trained in (
-                    (model.architecture_parameters(), model.weight_parameters()),
-                    (model.weight_parameters(), model.architecture_parameters()),
-                ):
-                    with frozen(fixed), counting() as launched:
-                        loss = F.cross_entropy(model(images, torch.ones(model.gate_shape)), labels)
-                        torch.autograd.grad(loss, trained, materialize_grads=True)
-                    for kernel, tensors, arguments in launched.arguments:
-                        key, job = _specialized(kernel, tensors, arguments)
-                        found.setdefault(key, job | {"dtype": dtype})
-    torch.set_float32_matmul_precision("highest")
-    return found
+    for k in options.partial:
+        n, side = (256, 32) if protocol == "cifar" else (128, 224)
+        with torch.device("meta"):
+            model = SuperNet(10, 16, 8, partial=k, stem=protocol, kernels="triton").to(storage)
+            images, labels = torch.empty(n, 3, side, side, dtype=storage), torch.empty(n, dtype=torch.long)
+        for fixed, trained in (
+            (model.architecture_parameters(), model.weight_parameters()),
+            (model.weight_parameters(), model.architecture_parameters()),
+        ):
+            with frozen(fixed), counting() as launched:
+                loss = F.cross_entropy(model(images, torch.ones(model.gate_shape)), labels)
+                torch.autograd.grad(loss, trained, materialize_grads=True)
+            yield from launched.arguments
+
+
+def _retrained(protocol, storage, options):
+    """Launches of a step, and of a forward in evaluation."""
+    import torch
+    from fpdarts.kernels.triton.launch import counting
+
+    from fpdarts import DerivedNetwork
+    from fpdarts.genotype import PUBLISHED, Genotype
+
+    # with what the published ones do not have: factorized reductions, and averages of reduced maps
+    normal = ("sep_conv_3x3", 0), ("avg_pool_3x3", 1), ("dil_conv_5x5", 2), ("max_pool_3x3", 1)
+    reduce = ("skip_connect", 0), ("avg_pool_3x3", 1), ("sep_conv_5x5", 1), ("skip_connect", 2)
+    other = Genotype(normal, (2, 3), reduce, (2, 3))
+    n, side, channels, cells = (96, 32, 36, 20) if protocol == "cifar" else (128, 224, 48, 14)
+    for genotype in (PUBLISHED["PC_DARTS_cifar"], PUBLISHED["DARTS_V2"], other):
+        with torch.device("meta"):
+            network = DerivedNetwork(genotype, 10, channels, cells, protocol, False, "triton")
+            for module in (network.stem, network.classifier):
+                module.to(storage)
+            images = torch.empty(n, 3, side, side, dtype=storage)
+        with counting() as launched:
+            network(images, 0.3 if protocol == "cifar" else 0.0).sum().backward()
+        yield from launched.arguments
+        with counting() as launched, torch.no_grad():
+            network.eval()(images)
+        yield from launched.arguments
+
+
+STEPS = {"search": _searched, "retrain": _retrained}
 
 
 def _specialized(kernel, tensors, arguments):
@@ -142,7 +184,24 @@ def compiled(job: dict, arch: int) -> dict:
 
 
 def _told(job: dict) -> str:
-    shown = ("C", "C_IN", "STRIDE", "EDGES", "NORMALIZE", "STATISTICS", "K", "IS_NODE", "BLOCK", "BLOCK_K", "PRECISION")
+    shown = (
+        "C",
+        "C_IN",
+        "STRIDE",
+        "TAPS",
+        "POOLED",
+        "DROP",
+        "ACTIVATE",
+        "EDGES",
+        "NORMALIZE",
+        "STATISTICS",
+        "K",
+        "IS_NODE",
+        "BLOCK",
+        "BLOCK_K",
+        "COLUMNS",
+        "PRECISION",
+    )
     words = [f"{name}={job['constants'][name]}" for name in shown if name in job["constants"]]
     return " ".join(words + [f"{key}={value}" for key, value in job["options"].items()])
 

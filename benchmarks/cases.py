@@ -69,7 +69,7 @@ def build(what: str, side: Side, setting: Setting) -> Case:
     """Raises ValueError for a case that the side does not have."""
     from benchmarks import parts, steps
 
-    if side.graph and what not in ("search-step", "arch-step"):
+    if side.graph and what not in STEPS:
         raise ValueError(f"{what} is not timed under a CUDA graph; leave +graph off")
     torch.manual_seed(0)
     if what in ("search-step", "arch-step"):

@@ -26,6 +26,7 @@ PARTS = {
     "check-fp32": 240,
     "check-bf16": 240,
     "steps-bf16": 420,
+    "retrain-steps": 420,
     "kernels": 180,
     "steps-fp32": 420,
     "tuning": 480,
@@ -55,18 +56,23 @@ def check(options, amp):
 
     if options.dry_run:
         checking.SHAPES = (checking.Shape(4, 2, 4),)
+        checking.DERIVED_SHAPES = ((4, 4),)
         checking.STEP_BATCH, checking.STEP_CHANNELS, checking.STEP_CELLS, checking.STEP_SIZE = 2, 4, 1, 4
-        wanted = ("stage dil_conv_3x3, stride 1", "node", "normalize")
+        wanted = ("stage dil_conv_3x3, stride 1", "node", "normalize", "derived cell, drop-path")
         everything = checking.operations()
         checking.operations = lambda: {name: everything[name] for name in wanted}
     return checking.check_kernels("triton", options.device, amp)
 
 
-def _setting(options, **given):
+def _setting(options, what, **given):
     from benchmarks.cases import Setting
 
-    tiny = dict(batch_size=2, init_channels=4, cells=1, image_size=4) if options.dry_run else dict(batch_size=256)
-    return Setting(**(tiny | given), device=options.device)
+    retrained = what == "retrain-step"
+    sizes = dict(batch_size=96, init_channels=36, cells=20) if retrained else dict(batch_size=256)
+    if options.dry_run:
+        sizes = dict(batch_size=2, init_channels=4, cells=1, image_size=4)
+        sizes |= dict(cells=3, image_size=16) if retrained else {}
+    return Setting(**(sizes | given), device=options.device)
 
 
 def _compared(options, names, precision, whats=("search-step", "arch-step")):
@@ -90,7 +96,7 @@ def _compared(options, names, precision, whats=("search-step", "arch-step")):
                     pair = list(dict.fromkeys((names[0], other)))
                     rounds = 1 if options.dry_run else 20
                     results[key] = compare(
-                        what, pair, _setting(options, gates=gates), rounds, not options.dry_run, limits
+                        what, pair, _setting(options, what, gates=gates), rounds, not options.dry_run, limits
                     )
                 except Exception as error:  # one side out of memory is not to hide the others
                     results[key] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
@@ -119,13 +125,20 @@ def steps(options, precision, bf16):
     return _compared(options, names, precision)
 
 
+def retrain_steps(options):
+    names = ["triton+bf16+graph", "triton+bf16", "eager+bf16", "channels_last+bf16", "channels_last+bf16+graph"]
+    if options.dry_run:
+        names = ["triton", "channels_last"]
+    return _compared(options, names, "high", ("retrain-step",))
+
+
 def compiled(options):
     graph = "" if options.dry_run else "+bf16+graph"
     return _compared(options, [f"triton{graph}", "compile+bf16"], "high", ("search-step",))
 
 
 def kernels(options):
-    """Device time of every kernel in one weight step and one architecture step."""
+    """Device time of every kernel in one weight step, one architecture step and one step of retraining."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -134,8 +147,8 @@ def kernels(options):
 
     torch.set_float32_matmul_precision("high")
     found = {}
-    for what in ("search-step", "arch-step"):
-        case = build(what, Side("triton", bf16=not options.dry_run), _setting(options))
+    for what in ("search-step", "arch-step", "retrain-step"):
+        case = build(what, Side("triton", bf16=not options.dry_run), _setting(options, what))
         for i in range(1 if options.dry_run else 3):
             case.step(i)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device == "cuda")
@@ -256,6 +269,7 @@ WORK = {
     "check-bf16": lambda options: check(options, "off" if options.dry_run else "bf16"),
     "steps-bf16": lambda options: steps(options, "high", True),
     "steps-fp32": lambda options: steps(options, "high", False),
+    "retrain-steps": retrain_steps,
     "kernels": kernels,
     "tuning": tuning,
     "compiled": compiled,
@@ -324,7 +338,7 @@ def _summary(found):
         elif part.startswith("check"):
             wrong = [row["operation"] for row in result["rows"] if not row["passed"]]
             print(f"{part}: {'passed' if result['passed'] else 'WRONG: ' + ', '.join(wrong)}")
-        elif part.startswith("steps") or part == "compiled":
+        elif part.startswith("steps") or part in ("retrain-steps", "compiled"):
             for key, value in result.items():
                 print(f"{key}: {_brief(value)}")
         elif part == "kernels":

@@ -14,7 +14,7 @@ from fpdarts.config import RetrainConfig, SearchConfig
 from fpdarts.evaluate import build_network
 from fpdarts.gates import GateSampler
 from fpdarts.genotype import PUBLISHED
-from fpdarts.graphs import GraphedStep
+from fpdarts.graphs import GraphedStep, prepare_optimizer
 from fpdarts.retrain import training_step
 from fpdarts.search import build_supernet, optimizers, weight_step
 from tests.naive import NaiveSuperNet
@@ -95,35 +95,53 @@ def _graphed(once, batch, draws, model):
     return lambda i: graphed(*batch, draws[i % DRAWS])
 
 
-def retrain_step(side, setting):
-    if not side.today and side.name != "reference":
-        raise ValueError(f"the derived network has no {side.name} kernels; its sides are eager, channels_last, compile")
+def retrain_config(setting: Setting, side: Side) -> RetrainConfig:
     config = RetrainConfig(
         batch_size=setting.batch_size, init_channels=setting.init_channels, cells=setting.cells,
-        amp="bf16" if side.bf16 else "off", image_size=setting.image_size,
+        kernels=side.kernels, amp="bf16" if side.bf16 else "off", image_size=setting.image_size,
     )  # fmt: skip
     config = configuration.resolved(config, setting.stem)
     if setting.image_size != {"cifar": 32, "imagenet": 224}[setting.stem]:
         config = replace(config, auxiliary_weight=0.0)  # the head needs the protocol's own size
-    network = build_network(config, PUBLISHED["PC_DARTS_cifar"], 10).to(
-        setting.device, memory_format=side.memory_format
-    )
+    return config
+
+
+def retrain_network(config: RetrainConfig) -> nn.Module:
+    return build_network(config, PUBLISHED["PC_DARTS_cifar"], 10)
+
+
+def retrain_step(side, setting):
+    config = retrain_config(setting, side)
+    device = torch.device(setting.device)
+    network = retrain_network(config).to(device, memory_format=side.memory_format)
     if side.name == "compile":
         for cell in network.cells:
             cell.compile()
     optimizer = torch.optim.SGD(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
+    prepare_optimizer(optimizer, device)
     batch, last = _images(setting, side.memory_format), {}
+
+    def once(images, labels):
+        loss, logits = training_step(network, optimizer, (images, labels), config.drop_path, config)
+        return loss.detach(), logits.detach()
+
+    call = once
+    if side.graph:
+        state = deepcopy(network.state_dict())
+        call = GraphedStep(once)
+        for _ in range(GraphedStep.WARM_UP + 1):
+            call(*batch)
+        network.load_state_dict(state)
 
     def step(i):
         torch.manual_seed(i)  # the same paths are dropped on all sides
-        loss, logits = training_step(network, optimizer, batch, config.drop_path, config)
-        last.update(loss=loss.detach(), logits=logits.detach())
+        last.update(zip(("loss", "logits"), call(*batch)))
 
     def results():
         return {**last, **{f"d_{name}": p.grad for name, p in network.named_parameters()}}
 
     with torch.device("meta"):
-        counted = build_network(config, PUBLISHED["PC_DARTS_cifar"], 10)
+        counted = retrain_network(replace(config, kernels="reference"))
     return Case(step, results, work.network(counted, setting.batch_size, (setting.image_size,) * 2).of("both"))

@@ -12,11 +12,13 @@ from dataclasses import replace
 from functools import lru_cache
 
 import pytest
+import torch
 
-from benchmarks.cases import DEFAULTS, Setting, build, check, reference_results
+from benchmarks.cases import DEFAULTS, STEPS, Setting, build, check, reference_results
 from benchmarks.counting import Count
 from benchmarks.limits import timed
 from benchmarks.sides import Side, here
+from fpdarts import kernels
 
 # C and side of the states of normal cells, of the first to the last third of the supernet
 CIFAR, IMAGENET = ((16, 32), (32, 16), (64, 8)), ((16, 28), (32, 14), (64, 7))
@@ -92,10 +94,12 @@ def test_speed(benchmark, what, setting, side, device, limits, request):
     small = request.node.get_closest_marker("small") is not None
     if side.name == "compile" and small and (what, setting.image_size) != ("cell", 8):
         pytest.skip("of torch.compile the small suite times one cell; it takes minutes to compile one")
-    if not side.today and side.name != "reference" and what == "retrain-step":
-        pytest.skip(f"the derived network has no {side} kernels")
-    if side.graph and what not in ("search-step", "arch-step"):
-        pytest.skip("only the search's steps are timed under a CUDA graph")
+    if what == "retrain-step":
+        kind = torch.device(device).type
+        if reason := kernels.available(kind, "derived_cell")[side.kernels]:
+            pytest.skip(reason)
+    if side.graph and what not in STEPS:
+        pytest.skip("only whole steps are timed under a CUDA graph")
     case = build(what, side, setting)
     check(what, side, setting, case, _expected(what, setting))
 

@@ -10,7 +10,7 @@ show a share above 1, it does with less: then the formula is to be corrected.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fpdarts.kernels.spec import OPERATIONS, CellSpec
+from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 
 
 class Work(NamedTuple):
@@ -179,15 +179,39 @@ def supernet(model, n: int, size: tuple[int, int], gates, d_weight=True) -> Pass
     return total + Passes(Work(2 * macs, features * pixels), Work(2 * macs * (1 + d_weight), features * pixels))
 
 
-def network(model, n: int, size: tuple[int, int]) -> Passes:
-    """A forward and a backward of a DerivedNetwork in training, auxiliary head included.
+def derived_cell(spec: DerivedCellSpec, n: int, sizes: Sequence[tuple[int, int]]) -> Passes:
+    """A cell of a derived network in the fused form, in training.
 
-    Layer by layer: each convolution, normalization, pooling and sum as a fused kernel would read and write it. A
-    convolution reads its input and writes its output raw; the next one normalizes on load; a node reads its two raw
-    inputs and writes its state.
+    n: images. sizes: (H, W) of its two inputs. A convolution reads its input and writes its output raw, and the next
+    one normalizes on load; a node reads two maps and writes its state.
     """
+    total, c = Passes(), spec.channels
+    inner = n * c * sizes[1][0] * sizes[1][1]  # elements of states 0 and 1
+    outer = inner // 4 if spec.reduction else inner
+
+    def normalized(macs, read, written):
+        return convolution(macs, read, written) + Passes(Work(), Work(0, written))  # backward reads raw outputs again
+
+    for wide, size in zip(spec.input_channels, sizes):
+        total += normalized(inner * wide, n * wide * size[0] * size[1], inner)
+    for edge, (name, source) in enumerate(spec.edges):
+        operation, read = OPERATIONS[name], inner if source < 2 else outer
+        if operation.kind == "pooling":
+            total += Passes(Work(0, read + outer), Work(0, read + outer))
+        elif operation.kind == "skip" and spec.stride(edge) == 2:
+            total += normalized(outer * c, read, outer)
+        for stage in range(operation.stages):
+            total += convolution(outer * operation.kernel_size**2, outer if stage else read, outer)
+            total += normalized(outer * c, outer, outer)
+    return total + Passes(Work(0, 3 * spec.nodes * outer), Work(0, 3 * spec.nodes * outer))
+
+
+def network(model, n: int, size: tuple[int, int]) -> Passes:
+    """A forward and a backward of a DerivedNetwork in training, stem and auxiliary head included."""
     import torch
     from torch import nn
+
+    from fpdarts.network import Cell
 
     total, handles = Passes(), []
 
@@ -197,20 +221,19 @@ def network(model, n: int, size: tuple[int, int]) -> Passes:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             total += convolution(written * module.weight[0].numel(), read, written, inputs[0].shape[1] != 3)
             total += Passes(Work(), Work(0, written))  # its normalization's backward reads the raw output again
-        elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+        else:
             total += Passes(Work(0, read + written), Work(0, read + written))
 
-    def add_nodes(module, inputs, out):
+    def add_cell(module, inputs, out):
         nonlocal total
-        state = out.numel() // len(module.concat)
-        total += Passes(Work(0, 3 * state * len(module.concat)), Work(0, 3 * state * len(module.concat)))
+        total += derived_cell(module.spec, n, [tuple(x.shape[2:]) for x in inputs[:2]])
 
     with torch.device("meta"):
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d)):
-                handles.append(module.register_forward_hook(add))
-            elif hasattr(module, "concat"):
-                handles.append(module.register_forward_hook(add_nodes))
+            if isinstance(module, (nn.Conv2d, nn.Linear, nn.AvgPool2d)):
+                handles.append(module.register_forward_hook(add))  # a cell's own modules are not called
+            elif isinstance(module, Cell):
+                handles.append(module.register_forward_hook(add_cell))
         try:
             model(torch.empty(n, 3, *size))
         finally:

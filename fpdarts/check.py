@@ -1,5 +1,5 @@
-"""Whether kernels compute on this machine what the reference computes: every operation of ``fpdarts.kernels``, and
-whole steps of the supernet, against the reference in float64 on the CPU.
+"""Whether kernels compute on this machine what the reference computes: every operation of ``fpdarts.kernels``, cells of
+derived networks and whole steps of the supernet, against the reference in float64 on the CPU.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from fpdarts import kernels as kernel_backends
 from fpdarts.architect import frozen
 from fpdarts.gates import GateSampler
-from fpdarts.kernels.spec import OPERATIONS, CellSpec
+from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 from fpdarts.space import DEFAULT_SUBSETS
 from fpdarts.supernet import SuperNet
 from fpdarts.training import autocast, select_device
@@ -229,6 +229,47 @@ def _cell(side, seed, kind, shape, gates="both", asked="all"):
     return side.run(call, tensors, seed, [name for name in tensors if name not in without])
 
 
+# Of derived cells: C, and pixels a side of a normal cell's states; the sizes of retraining on CIFAR, and an odd one.
+DERIVED_SHAPES = ((36, 32), (72, 16), (144, 8), (48, 7))
+DERIVED_BATCH = 4  # so many that no channel has few samples
+NORMAL = (
+    ("sep_conv_3x3", 1), ("skip_connect", 0), ("dil_conv_3x3", 2), ("max_pool_3x3", 1), ("sep_conv_5x5", 2),
+    ("avg_pool_3x3", 3), ("dil_conv_5x5", 3), ("skip_connect", 2),
+)  # fmt: skip
+REDUCE = (
+    ("max_pool_3x3", 0), ("skip_connect", 1), ("sep_conv_3x3", 0), ("dil_conv_5x5", 1), ("avg_pool_3x3", 1),
+    ("skip_connect", 2), ("max_pool_3x3", 3), ("sep_conv_5x5", 0),
+)  # fmt: skip
+DERIVED = {
+    "normal": (NORMAL, False, False),
+    "reduction": (REDUCE, True, False),
+    "factorized input": (NORMAL, False, True),
+}  # all operations, at both strides
+
+
+def _derived_cell(side, seed, kind, channels, size, drop_path=False, evaluation=False):
+    edges, reduction, factorized = DERIVED[kind]
+    before = channels // 2 if reduction else channels
+    spec = DerivedCellSpec(channels, (4 * before, 4 * before), edges, (2, 3, 4, 5), reduction, factorized)
+    draw, tensors = normal_numbers(seed), {}
+    for i, wide in enumerate(spec.input_channels):
+        pixels = 2 * size if factorized and i == 0 else size
+        tensors[f"input_{i}"] = side.state(draw(DERIVED_BATCH, wide, pixels, pixels))
+    for name, shape in spec.parameters.items():
+        tensors[name] = side.weight(draw(*shape) / math.sqrt(math.prod(shape[1:])))
+    scales, table = None, (len(spec.normalizations), channels)
+    if drop_path:
+        scales = side.weight((draw(len(edges), DERIVED_BATCH, 1, 1, 1) < 0.5) / 0.7)
+    given = (side.weight(draw(*table)), side.weight(draw(*table).square() + 0.5)) if evaluation else None
+
+    def call(t):
+        inputs, weights = (t["input_0"], t["input_1"]), {name: t[name] for name in spec.parameters}
+        out, statistics = kernel_backends.derived_cell(spec, inputs, weights, scales, given, kernels=side.kernels)
+        return {"out": out} | ({"mean": statistics.mean, "variance": statistics.variance} if statistics else {})
+
+    return side.run(call, tensors, seed, () if evaluation else None)
+
+
 def _step(side, seed, trained):
     """Loss, logits and gradient of a step of the ``weights`` or of the ``architecture``, as the search takes it."""
     draw = normal_numbers(seed)
@@ -292,6 +333,21 @@ def operations() -> dict[str, list[Case]]:
     for asked in ("weights", "architecture"):
         found[f"cell, gradients of {asked}"] = cell(CELLS, small, gates="sampled", asked=asked)
     found["cell, evaluation"] = cell(CELLS, small, gates="expected", asked="none")
+    small = DERIVED_SHAPES[-1:]
+
+    def derived(kinds, shapes, **options):
+        cases = []
+        for kind in kinds:
+            for c, size in shapes:
+                size += size % 2 * DERIVED[kind][1]
+                compute = partial(_derived_cell, kind=kind, channels=c, size=size, **options)
+                cases.append(Case(f"{kind}, C={c}, {size}x{size}", compute, CELL_TOLERANCE))
+        return cases
+
+    for kind in DERIVED:
+        found[f"derived cell, {kind}"] = derived([kind], DERIVED_SHAPES)
+    found["derived cell, drop-path"] = derived(DERIVED, small, drop_path=True)
+    found["derived cell, evaluation"] = derived(DERIVED, small, evaluation=True)
     for trained in ("weights", "architecture"):
         found[f"step of {trained}"] = [Case("a supernet", partial(_step, trained=trained), STEP_TOLERANCE)]
     return found
@@ -374,12 +430,16 @@ def check_kernels(
     """
     chosen = select_device(device)
     name = backend_name(kernels, chosen)
+    lacks = kernel_backends.available(chosen.type, "derived_cell")[name]
     side = Side(name, chosen, torch.float32, amp)
     say(f"kernels {name} on {chosen}, mixed precision {amp}: relative errors against the reference in float64")
     say(_columns("operation", "output", "allowed", "gradient", "allowed", "worst"))
     rows = []
     with one_precision():
         for operation, cases in operations().items():
+            if lacks and operation.startswith("derived"):
+                say(f"{operation}: {lacks}")
+                continue
             rows.append(_row(operation, cases, side))
             say(_line(rows[-1]))
     passed = all(row["passed"] for row in rows)

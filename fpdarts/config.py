@@ -107,6 +107,7 @@ class RetrainConfig(RunConfig):
     label_smoothing: float | None = None
     cutout: int | None = None
     """Side of the square that is cut out of every image, protocol cifar only; 0 for none."""
+    kernels: Kernels = "auto"
     holdout: float = 0.0
     """Part of the training images kept for validation; the test set is read once, at the end."""
     validate_every: int = 1

@@ -1,7 +1,9 @@
 """Parameters and multiply-adds of a network, to compare with published figures."""
 
+from copy import deepcopy
+
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpdarts.genotype import Genotype
 from fpdarts.network import DerivedNetwork
@@ -11,34 +13,37 @@ _IMAGE_SIZE = {"cifar": 32, "imagenet": 224}
 _NUM_CLASSES = {"cifar": 10, "imagenet": 1000}
 
 
-def count(network: nn.Module, image_size: int) -> dict[str, int]:
+class _Macs(TorchDispatchMode):
+    """Multiply-adds of convolutions and linear layers that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name.removeprefix("aten::")
+        if name == "convolution":
+            self.total += out.numel() * args[1][0].numel()  # what one output element sums over, grouped or not
+        elif name in ("mm", "addmm"):
+            self.total += out.numel() * args[-2].shape[1]
+        return out
+
+
+def count(network: DerivedNetwork, image_size: int) -> dict[str, int]:
     """{"parameters": .., "macs": ..} of a network for one (3, image_size, image_size) image.
 
     macs: multiply-adds of convolutions and linear layers in evaluation. A submodule named ``auxiliary_head`` counts in
-    neither, as in published figures. One image passes through the network on the network's device: build it under
-    ``torch.device("meta")`` and that takes no memory or time. The network is left as it was.
+    neither, as in published figures. Nothing is computed: the image passes through a copy without memory, whatever the
+    network's device and kernels.
     """
     parameters = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary_head."))
-    macs = 0
-
-    def add_macs(module, inputs, out):
-        nonlocal macs
-        # All dimensions of a weight but the first are what one output element sums over, grouped or not.
-        macs += out.numel() * module.weight[0].numel()
-
-    handles = [m.register_forward_hook(add_macs) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    modes = [(module, module.training) for module in network.modules()]
-    weight = next(network.parameters())
-    try:
-        network.eval()  # the auxiliary head does not run, and running statistics stay
-        with torch.no_grad():
-            network(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
-    finally:
-        for module, training in modes:
-            module.training = training
-        for handle in handles:
-            handle.remove()
-    return {"parameters": parameters, "macs": macs}
+    copy = deepcopy(network).to("meta").eval()  # where the auxiliary head does not run
+    copy.kernels = "reference"
+    weight = next(copy.parameters())
+    with torch.no_grad(), _Macs() as macs:
+        copy(torch.empty(1, 3, image_size, image_size, device="meta", dtype=weight.dtype))
+    return {"parameters": parameters, "macs": macs.total}
 
 
 def count_genotype(

@@ -1,5 +1,7 @@
 """Testing a network that was retrained."""
 
+from dataclasses import replace
+
 import torch
 
 from fpdarts import config as configuration
@@ -23,7 +25,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         raise DataError(
             f"{data.source} has other classes than the {len(classes)} that {config.run} was trained on: {names}"
         )
-    network = build_network(trained, genotype, len(classes))
+    network = build_network(replace(trained, kernels="auto"), genotype, len(classes))  # maybe another machine
     network.load_state_dict(checkpoint["model"])
     network.to(device, memory_format=torch.channels_last)
     images = data.test if config.limit is None else data.test.limited(config.limit)
@@ -41,4 +43,5 @@ def build_network(config: RetrainConfig, genotype: Genotype, num_classes: int) -
         config.cells,
         configuration.stem_of(config.protocol),
         auxiliary=config.auxiliary_weight > 0,
+        kernels=config.kernels,
     )

@@ -1,14 +1,19 @@
 """The derived network: a genotype's cells stacked, to be trained from scratch.
 
-From top to bottom: the operations, the cell, stems and auxiliary head, the network.
+From top to bottom: the operations, the cell, stems and auxiliary head, the network. Operations are modules for their
+parameters and buffers, which checkpoints know by these names; what a cell computes is ``kernels.derived_cell``.
 """
 
 import torch
 from torch import Tensor, nn
 
+from fpdarts import kernels as kernel_backends
 from fpdarts.genotype import Genotype
-from fpdarts.kernels.spec import OPERATIONS
+from fpdarts.kernels import Statistics
+from fpdarts.kernels.spec import OPERATIONS, DerivedCellSpec
 from fpdarts.space import STEMS, reduction_cells
+
+_MOMENTUM = 0.1  # of running statistics, as torch.nn.BatchNorm2d
 
 
 class ReLUConvBN(nn.Sequential):
@@ -42,18 +47,9 @@ class SeparableConv(nn.Sequential):
         super().__init__(*layers)
 
 
-def _check_even(x: Tensor) -> None:
-    height, width = x.shape[2:]
-    if height % 2 or width % 2:
-        raise ValueError(
-            f"a map of {height}x{width} is to be halved, but halving needs even sizes; choose an image size that "
-            "stays even until the last reduction cell, such as a multiple of 4 (CIFAR stem) or of 32 (ImageNet stem)"
-        )
-
-
 class FactorizedReduction(nn.Module):
     """Halve the resolution without losing three pixels of four: one half of the channels reads the even pixels, the
-    other half the odd ones. Raises ValueError for an odd height or width, where the halves would not match."""
+    other half the odd ones."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
@@ -61,11 +57,6 @@ class FactorizedReduction(nn.Module):
         self.even = nn.Conv2d(channels_in, half, 1, stride=2, bias=False)
         self.odd = nn.Conv2d(channels_in, channels_out - half, 1, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_even(x)
-        x = torch.relu(x)
-        return self.norm(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], dim=1))
 
 
 def make_operation(name: str, channels: int, stride: int) -> nn.Module:
@@ -98,35 +89,44 @@ class Cell(nn.Module):
         previous_reduces: bool,
     ):
         super().__init__()
-        edges = genotype.reduce if reduction else genotype.normal
-        self.reduction = reduction
-        self.concat = genotype.reduce_concat if reduction else genotype.normal_concat
-        self.sources = tuple(source for _, source in edges)
-        self.channels_out = channels * len(self.concat)
+        self.spec = DerivedCellSpec(
+            channels,
+            (channels_before, channels_previous),
+            genotype.reduce if reduction else genotype.normal,
+            genotype.reduce_concat if reduction else genotype.normal_concat,
+            reduction,
+            previous_reduces,
+        )
+        self.channels_out = channels * len(self.spec.concat)
 
         shrink = FactorizedReduction if previous_reduces else ReLUConvBN
         self.preprocess0 = shrink(channels_before, channels)
         self.preprocess1 = ReLUConvBN(channels_previous, channels)
         self.operations = nn.ModuleList(
-            make_operation(name, channels, stride=2 if reduction and source < 2 else 1) for name, source in edges
+            make_operation(name, channels, self.spec.stride(edge)) for edge, (name, _) in enumerate(self.spec.edges)
         )
 
-    def forward(self, before: Tensor, previous: Tensor, path_scales: Tensor | None = None) -> Tensor:
-        """path_scales: (edges, N, 1, 1, 1), what drop-path multiplies each edge's samples by; None drops nothing."""
-        states = [self.preprocess0(before), self.preprocess1(previous)]
-        if self.reduction:
-            _check_even(states[0])
-        for first in range(0, len(self.operations), 2):
-            left, right = (self._edge(edge, states, path_scales) for edge in (first, first + 1))
-            states.append(left + right)
-        return torch.cat([states[state] for state in self.concat], dim=1)
+    def normalizations(self) -> list[nn.BatchNorm2d]:
+        """In the order of the table of statistics."""
+        return [self.get_submodule(name) for name in self.spec.normalizations]
 
-    def _edge(self, edge: int, states: list[Tensor], path_scales: Tensor | None) -> Tensor:
-        operation = self.operations[edge]
-        out = operation(states[self.sources[edge]])
-        if path_scales is None or isinstance(operation, nn.Identity):  # a dropped identity would cut the gradient's way
-            return out
-        return out * path_scales[edge].to(out.dtype)
+    def forward(
+        self, before: Tensor, previous: Tensor, path_scales: Tensor | None = None, kernels: str = "auto"
+    ) -> tuple[Tensor, Statistics | None]:
+        """Returns (output, Statistics of the batch or None in evaluation).
+
+        path_scales: (edges, N, 1, 1, 1), what drop-path multiplies each edge's samples by; None drops nothing.
+        """
+        statistics = None
+        if not self.training:
+            norms = self.normalizations()
+            statistics = tuple(
+                torch.stack([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var")
+            )
+        weights = dict(self.named_parameters())
+        return kernel_backends.derived_cell(
+            self.spec, (before, previous), weights, path_scales, statistics, kernels=kernels
+        )
 
 
 class CifarStem(nn.Sequential):
@@ -199,6 +199,8 @@ class DerivedNetwork(nn.Module):
     init_channels: C, channels of a node in the first cells; doubled at each of the two reduction cells.
     stem: "cifar" (3*C channels, full resolution) or "imagenet" (C channels, an eighth of the resolution).
     auxiliary: add the auxiliary head after cell 2 * cells // 3.
+    kernels: the back end that computes cells, by name; whether it can run is known at the first forward, from the
+        images' device.
 
     The memory format is the caller's: with images and network in torch.channels_last all maps stay in it.
     Raises ValueError for an argument that makes no network.
@@ -212,8 +214,11 @@ class DerivedNetwork(nn.Module):
         cells: int = 20,
         stem: str = "cifar",
         auxiliary: bool = True,
+        kernels: str = "auto",
     ):
         super().__init__()
+        kernel_backends.validate(kernels)
+        self.kernels = kernels
         if stem not in STEMS:
             raise ValueError(f"unknown stem {stem!r}; the stems are: {', '.join(STEMS)}")
         if num_classes < 1:
@@ -268,20 +273,39 @@ class DerivedNetwork(nn.Module):
         if self.training and (on_device or drop_path > 0):
             path_scales = self._draw_path_scales(images, 1 - drop_path)
 
-        auxiliary_logits = None
+        auxiliary_logits, statistics = None, []
         before = previous = self.stem(images)
         if isinstance(self.stem, ImageNetStem):
             before, previous = previous
         for index, cell in enumerate(self.cells):
-            before, previous = previous, cell(before, previous, None if path_scales is None else path_scales[index])
+            scales = None if path_scales is None else path_scales[index]
+            out, batch = cell(before, previous, scales, self.kernels)
+            before, previous = previous, out
+            statistics.append(batch)
             if index == self.auxiliary_cell and self.auxiliary_head is not None and self.training:
                 auxiliary_logits = _at_least_float32(self.auxiliary_head(previous))
+        self._update_statistics(statistics)
         logits = _at_least_float32(self.classifier(previous.mean((2, 3))))
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
+    @torch.no_grad()
+    def _update_statistics(self, batches: list[Statistics | None]):
+        """Of all cells in training, at once: on a GPU, a launch or two rather than two a normalization."""
+        norms, means, variances = [], [], []
+        for cell, batch in zip(self.cells, batches):
+            if batch is not None:
+                norms += cell.normalizations()
+                means += batch.mean.unbind()
+                variances += batch.variance.unbind()
+        if norms:
+            running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+            new = [value.to(table.dtype) for value, table in zip(means + variances, running)]
+            torch._foreach_lerp_(running, new, _MOMENTUM)
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
     def _draw_path_scales(self, images: Tensor, keep: float | Tensor) -> Tensor:
         """0 or 1 / keep for every cell, edge and sample. One draw for all: 160 small ones cost as many launches."""
-        edges = len(self.cells[0].operations)
+        edges = len(self.cells[0].spec.edges)
         shape = (len(self.cells), edges, images.shape[0], 1, 1, 1)
         kept = torch.rand(shape, device=images.device) < keep
         return kept / keep

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fpdarts import config as configuration
+from fpdarts import kernels
 from fpdarts.config import RetrainConfig, learning_rate
 from fpdarts.count import count
 from fpdarts.data import Loader, augmentation, open_data
@@ -20,10 +21,11 @@ from fpdarts.training import Meter, Progress, autocast, evaluate_model, require_
 def retrain(config: RetrainConfig) -> dict:
     """Run a retraining, or go on with one; returns what result.json holds, with the run directory.
 
-    Raises DataError, GenotypeError, RunError or ValueError before training starts wherever that can be known, and
-    NonFiniteLoss when training diverges.
+    Raises DataError, GenotypeError, RunError, ValueError or BackendUnavailable before training starts wherever that can
+    be known, and NonFiniteLoss when training diverges.
     """
     device = select_device(config.device)
+    backend = kernels.backend(config.kernels, device.type, "derived_cell")  # fails now, with the reason
     genotype = find(config.out if config.resume else config.genotype)  # a resumed run keeps the copy it started with
     data = open_data(config.data, config.protocol, config.image_size)
     config = configuration.resolved(replace(config, amp=select_amp(config.amp, device)), data.protocol)
@@ -67,7 +69,7 @@ def retrain(config: RetrainConfig) -> dict:
         progress.end_epoch(metrics)
     progress.close()
 
-    result = {"amp": config.amp, "device": str(device)}
+    result = {"kernels": backend.__name__.rpartition(".")[2], "amp": config.amp, "device": str(device)}
     result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
     result |= evaluate_model(network, test_loader, config.amp, top5, "test")
     return run.write_result({**result, **count(network, data.image_size)})
@@ -125,4 +127,5 @@ def training_step(network, optimizer, batch, drop_path, config):
 def _try_out(config, genotype, data):
     """A forward without memory or arithmetic, so that an image size which does not fit is an error now."""
     with torch.device("meta"):
-        build_network(config, genotype, len(data.classes))(torch.empty(2, 3, data.image_size, data.image_size))
+        network = build_network(replace(config, kernels="reference"), genotype, len(data.classes))
+        network(torch.empty(2, 3, data.image_size, data.image_size))

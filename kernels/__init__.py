@@ -1,12 +1,14 @@
-"""The kernel seam: what the supernet asks of a back end, and the choice of one.
+"""The kernel seam: what the networks ask of a back end, and the choice of one.
 
 A back end is a module of this package with the functions below, in the same signatures, and ``unavailable(device)``,
-which returns None or the reason why it cannot run there. ``cell`` is what a search calls; the other functions are its
-parts, public so that each can be tested and timed alone. A faster back end may merge neighbouring parts (normalize
-into the stage that follows, for one); it is then tested against the same composition of the reference's parts.
-Parameters are packed as ``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
+which returns None or the reason why it cannot run there. ``cell`` is what a search calls, and ``derived_cell`` what
+retraining calls, which a back end may do without; the other functions are parts of ``cell``, public so that each can be
+tested and timed alone. A faster back end may merge neighbouring parts (normalize into the stage that follows, for one);
+it is then tested against the same composition of the reference's parts. Parameters are packed as
+``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -14,7 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
-from .spec import CellSpec
+from .spec import CellSpec, DerivedCellSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,16 +29,18 @@ class BackendUnavailable(RuntimeError):
 
 
 class Statistics(NamedTuple):
-    """Of the normalizations of a cell, a row of c channels each, as ``CellSpec.statistics`` lays them out.
+    """Of the normalizations of a cell, a row of c channels each, as ``CellSpec.statistics`` lays them out, or
+    ``DerivedCellSpec.normalizations``.
 
     mean, variance: (rows, c) float32 (float64 for float64 weights); the variance is the unbiased one, as
         torch.nn.BatchNorm2d keeps it.
-    updated: (rows, 1), 1 where this forward computed the row, 0 where its path was closed and it rests.
+    updated: (rows, 1), 1 where this forward computed the row, 0 where its path was closed and it rests. None of a
+        derived cell, which computes all.
     """
 
     mean: "Tensor"
     variance: "Tensor"
-    updated: "Tensor"
+    updated: Optional["Tensor"] = None
 
 
 @cache
@@ -46,9 +50,15 @@ def _reason_against(name: str, device: str) -> str | None:
     return import_module(f"{__name__}.{name}").unavailable(device)
 
 
-def available(device: str = "cpu") -> dict[str, str | None]:
-    """For every back end None where it can run on the device, otherwise the reason why not."""
-    return {name: _reason_against(name, device) for name in BACKENDS}
+def _reason_lacking(name: str, function: str) -> str | None:
+    if hasattr(import_module(f"{__name__}.{name}"), function):
+        return None
+    return f"this version of fpdarts has no {name} kernels for {function}; use --kernels reference"
+
+
+def available(device: str = "cpu", function: str = "cell") -> dict[str, str | None]:
+    """For every back end None where it can run the function on the device, otherwise the reason why not."""
+    return {name: _reason_against(name, device) or _reason_lacking(name, function) for name in BACKENDS}
 
 
 def validate(name: str):
@@ -57,21 +67,29 @@ def validate(name: str):
         raise ValueError(f"unknown kernels {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
 
 
-def backend(name: str = "auto", device: str = "cpu") -> ModuleType:
-    """The back end of that name. ``auto`` is the fastest that can run on the device.
+def backend(name: str = "auto", device: str = "cpu", function: str = "cell") -> ModuleType:
+    """The back end of that name. ``auto`` is the fastest that can run the function on the device.
 
     Raises ValueError for an unknown name and BackendUnavailable, with the reason, for one that cannot run: a back end
     that is asked for by name never falls back to another.
     """
+    return sys.modules[_loaded(name, device, function)]
+
+
+def _loaded(name: str, device: str, function: str) -> str:
+    """Name of the back end's module, which is now imported."""
     validate(name)
     if name == "auto" and device == "meta":
         name = "reference"  # others run nothing there, they only count
     elif name == "auto":
-        name = [name for name, reason in available(device).items() if reason is None][-1]
-    reason = _reason_against(name, device)
+        name = [name for name, reason in available(device, function).items() if reason is None][-1]
+    reason = _reason_against(name, device) or _reason_lacking(name, function)
     if reason:
         raise BackendUnavailable(f"kernels {name!r} cannot run here: {reason}")
-    return import_module(f"{__name__}.{name}")
+    return import_module(f"{__name__}.{name}").__name__
+
+
+_loaded._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, without importing torch
 
 
 def stage(x: "Tensor", depthwise: "Tensor", pointwise: "Tensor", *, stride=1, dilation=1, kernels="auto") -> "Tensor":
@@ -141,18 +159,51 @@ def cell(
     Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, and for
     inputs whose sizes do not fit each other.
     """
-    _check_shapes(spec, inputs, weights, operation_weights, edge_weights, gates)
-    _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
-    module = backend(kernels, inputs[0].device.type)
-    return module.cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics)
-
-
-def _check_shapes(spec, inputs, weights, operation_weights, edge_weights, gates):
     edges = len(spec.edges)
     expected = {name: (weights.get(name), parameter.shape) for name, parameter in spec.parameters.items()}
     expected["operation_weights"] = operation_weights, (edges, len(spec.operations))
     expected["edge_weights"] = edge_weights, (edges,)
     expected["gates"] = gates, (edges, spec.paths)
+    _check_shapes(spec, inputs, expected)
+    _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
+    module = backend(kernels, inputs[0].device.type)
+    return module.cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics)
+
+
+def derived_cell(
+    spec: DerivedCellSpec,
+    inputs: tuple["Tensor", "Tensor"],
+    weights: Mapping[str, "Tensor"],
+    path_scales: Optional["Tensor"] = None,
+    statistics: Optional[tuple] = None,
+    *,
+    kernels="auto",
+) -> tuple["Tensor", Optional[Statistics]]:
+    """One cell of a derived network: preprocessing of both inputs, two operations a node, nodes concatenated.
+
+    inputs: (N, C_0, H_0, W_0) and (N, C_1, H, W), float32, float64 or bfloat16, fastest in channels_last.
+    weights: as ``spec.parameters`` names and shapes them.
+    path_scales: (edges, N, 1, 1, 1), what drop-path multiplies each edge's samples by, identities excepted; no gradient
+        flows to it. None drops nothing.
+    statistics: (mean, variance), each (rows, C), to normalize by in evaluation; None takes the batch's own.
+    Poolings are not normalized.
+    Returns (out (N, len(concat)*C, H', W'), Statistics of the batch or None in evaluation).
+    Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, and for
+    inputs whose sizes do not fit each other.
+    """
+    expected = {name: (weights.get(name), shape) for name, shape in spec.parameters.items()}
+    if path_scales is not None:
+        expected["path_scales"] = path_scales, (len(spec.edges), inputs[0].shape[0], 1, 1, 1)
+    for table, name in zip(statistics or (), ("mean", "variance")):
+        expected[f"{name} of the statistics"] = table, (len(spec.normalizations), spec.channels)
+    _check_shapes(spec, inputs, expected)
+    _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
+    module = backend(kernels, inputs[0].device.type, "derived_cell")
+    return module.derived_cell(spec, inputs, weights, path_scales, statistics)
+
+
+def _check_shapes(spec, inputs, expected):
+    """expected: name -> (tensor, shape)."""
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             raise ValueError(f"weight {name} is missing; this cell needs {', '.join(spec.parameters)}")

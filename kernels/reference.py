@@ -220,3 +220,67 @@ def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statisti
     idle += [x for i, x in enumerate(inputs) if not _used(spec, f"preprocess{i}", is_open)]
     out = reduce(lambda total, tensor: total + tensor[:0].sum(), idle, out)
     return out, normalizer.batch_statistics()
+
+
+class _Affine:
+    """The normalizations of a derived cell, by name, and the batch's own statistics."""
+
+    def __init__(self, spec, weights, statistics):
+        self.spec, self.weights, self.training = spec, weights, statistics is None
+        if self.training:
+            scale = next(weights[name] for name in spec.parameters if name.endswith(".bias"))
+            statistics = tuple(scale.new_zeros(len(spec.normalizations), spec.channels) for _ in range(2))
+        self.mean, self.variance = statistics
+        self.rows = list(zip(self.mean.unbind(), self.variance.unbind()))
+
+    def __call__(self, raw, name):
+        # with momentum 1 the running statistics become the batch's own
+        return F.batch_norm(
+            raw, *self.rows[self.spec.normalizations[name]], self.weights[f"{name}.weight"],
+            self.weights[f"{name}.bias"], self.training, 1.0 if self.training else 0.0, EPSILON,
+        )  # fmt: skip
+
+
+def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):
+    normalize = _Affine(spec, weights, statistics)
+
+    def reduced(name, x):
+        x = F.relu(x)
+        even = F.conv2d(x, weights[f"{name}.even.weight"], stride=2)
+        odd = F.conv2d(x[:, :, 1:, 1:], weights[f"{name}.odd.weight"], stride=2)
+        return normalize(torch.cat([even, odd], 1), f"{name}.norm")
+
+    def operation(edge):
+        (name, source), stride = spec.edges[edge], spec.stride(edge)
+        x = states[source]
+        if spec.is_identity(edge):
+            return x
+        if OPERATIONS[name].kind == "pooling":
+            return pooling(x, name, stride=stride)
+        if OPERATIONS[name].kind == "skip":
+            return reduced(f"operations.{edge}", x)
+        k, dilation = OPERATIONS[name].kernel_size, OPERATIONS[name].dilation
+        for i, stage in enumerate(spec.stages(edge)):
+            x = F.conv2d(
+                F.relu(x), weights[stage.depthwise], None, stride if i == 0 else 1, dilation * (k - 1) // 2, dilation,
+                spec.channels,
+            )  # fmt: skip
+            x = normalize(F.conv2d(x, weights[stage.pointwise]), stage.normalization)
+        return x
+
+    def term(edge):
+        out = operation(edge)
+        if path_scales is None or spec.is_identity(edge):  # a dropped identity would cut the gradient's way
+            return out
+        return out * path_scales[edge].to(out.dtype)
+
+    states = []
+    for i, x in enumerate(inputs):
+        if f"preprocess{i}" in spec.factorized:
+            states.append(reduced(f"preprocess{i}", x))
+        else:
+            states.append(normalize(F.conv2d(F.relu(x), weights[f"preprocess{i}.1.weight"]), f"preprocess{i}.2"))
+    for node in range(spec.nodes):
+        states.append(term(2 * node) + term(2 * node + 1))
+    out = torch.cat([states[state] for state in spec.concat], 1)
+    return out, Statistics(normalize.mean, normalize.variance) if normalize.training else None

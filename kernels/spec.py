@@ -10,7 +10,7 @@ Two orders of a cell's edges are in use:
   edges that leave a state read the same slice of channels, so they lie side by side and are computed together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
 from typing import NamedTuple
@@ -185,3 +185,101 @@ class CellSpec:
     @property
     def statistics_rows(self) -> int:
         return max(rows.stop for rows in self.statistics.values())
+
+
+class Stage(NamedTuple):
+    """Names of a stage's weights, and of its normalization, in a derived cell."""
+
+    depthwise: str
+    pointwise: str
+    normalization: str
+
+
+@dataclass(frozen=True)
+class DerivedCellSpec:
+    """One cell of the derived network: what a genotype says, and its sizes.
+
+    channels: C, channels of a node.
+    input_channels: channels of the two input states before preprocessing.
+    edges: (operation, source state), two a node, node after node; any operation but ``none``.
+    concat: the states, of nodes, whose concatenation is the cell's output.
+    reduction: edges from the two inputs have stride 2.
+    factorized_input: input 0 is twice as large as input 1 and is brought down by a factorized reduction.
+
+    Weights and normalizations have the names of the network's modules (``operations.3.1.weight``), and so of its
+    checkpoints. Every normalization has C channels, and is affine.
+    """
+
+    channels: int
+    input_channels: tuple[int, int]
+    edges: tuple[tuple[str, int], ...]
+    concat: tuple[int, ...]
+    reduction: bool = False
+    factorized_input: bool = False
+
+    # These follow from the others. They are no cached properties, whose lock torch.compile cannot trace.
+    factorized: dict[str, int] = field(init=False, repr=False, compare=False)
+    """Every factorized reduction by name, and the channels that it reads."""
+    parameters: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    """Shape of every weight by name, those of convolutions as torch.nn.Conv2d has them."""
+    normalizations: dict[str, int] = field(init=False, repr=False, compare=False)
+    """Row of each normalization, by name, in the cell's table of statistics, (rows, C)."""
+
+    def __post_init__(self):
+        for i, (name, source) in enumerate(self.edges):
+            if OPERATIONS[name].kind == "none" or not 0 <= source < i // 2 + 2:
+                raise ValueError(f"edge {i} cannot be {name} from state {source}")
+        object.__setattr__(self, "factorized", self._factorized())
+        object.__setattr__(self, "parameters", self._parameters())
+        names = [name.removesuffix(".bias") for name in self.parameters if name.endswith(".bias")]
+        object.__setattr__(self, "normalizations", {name: row for row, name in enumerate(names)})
+
+    @property
+    def nodes(self) -> int:
+        return len(self.edges) // 2
+
+    def stride(self, edge: int) -> int:
+        return 2 if self.reduction and self.edges[edge][1] < 2 else 1
+
+    def is_identity(self, edge: int) -> bool:
+        return OPERATIONS[self.edges[edge][0]].kind == "skip" and self.stride(edge) == 1
+
+    def stages(self, edge: int) -> tuple[Stage, ...]:
+        """Of an edge's convolution; of any other operation none."""
+        start, stages = f"operations.{edge}", range(OPERATIONS[self.edges[edge][0]].stages)
+        firsts = [4 * stage + 1 for stage in stages]  # behind a ReLU each
+        return tuple(Stage(f"{start}.{i}.weight", f"{start}.{i + 1}.weight", f"{start}.{i + 2}") for i in firsts)
+
+    def _factorized(self) -> dict[str, int]:
+        found = {"preprocess0": self.input_channels[0]} if self.factorized_input else {}
+        for edge, (name, _) in enumerate(self.edges):
+            if OPERATIONS[name].kind == "skip" and self.stride(edge) == 2:
+                found[f"operations.{edge}"] = self.channels
+        return found
+
+    def _parameters(self) -> dict[str, tuple[int, ...]]:
+        c, shapes = self.channels, {}
+
+        def normalization(name):
+            shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (c,)
+
+        def factorized(name):
+            shapes[f"{name}.even.weight"] = (c // 2, self.factorized[name], 1, 1)
+            shapes[f"{name}.odd.weight"] = (c - c // 2, self.factorized[name], 1, 1)
+            normalization(f"{name}.norm")
+
+        for i, wide in enumerate(self.input_channels):
+            if f"preprocess{i}" in self.factorized:
+                factorized(f"preprocess{i}")
+            else:
+                shapes[f"preprocess{i}.1.weight"] = (c, wide, 1, 1)
+                normalization(f"preprocess{i}.2")
+        for edge, (name, _) in enumerate(self.edges):
+            k = OPERATIONS[name].kernel_size
+            for stage in self.stages(edge):
+                shapes[stage.depthwise] = (c, 1, k, k)
+                shapes[stage.pointwise] = (c, c, 1, 1)
+                normalization(stage.normalization)
+            if f"operations.{edge}" in self.factorized:
+                factorized(f"operations.{edge}")
+        return shapes

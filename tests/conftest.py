@@ -14,13 +14,16 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Makes a back end of the reference's functions with some replaced, also under the name of one that exists."""
+    """Makes a back end of the reference's functions with some replaced, or left out where they are None, also under the
+    name of one that exists."""
 
     def make(name, **functions):
         module = ModuleType(f"fpdarts.kernels.{name}")
         module.__spec__ = ModuleSpec(module.__name__, None)
-        for key in ("unavailable", "stage", "pooling", "factorized_reduction", "normalize", "node", "cell"):
-            setattr(module, key, functions.get(key, getattr(reference, key)))
+        parts = "stage", "pooling", "factorized_reduction", "normalize", "node"
+        for key in ("unavailable", *parts, "cell", "derived_cell"):
+            if (function := functions.get(key, getattr(reference, key))) is not None:
+                setattr(module, key, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         if name not in kernels.BACKENDS:
             monkeypatch.setattr(kernels, "BACKENDS", (*kernels.BACKENDS, name))

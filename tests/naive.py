@@ -1,4 +1,4 @@
-"""The supernet as DARTS-style code is written: edge by edge, module by module, in PyTorch's default format.
+"""The networks as DARTS-style code is written: edge by edge, module by module, in PyTorch's default format.
 
 A second, independent statement of the method that the packed implementation is tested against, and what users have
 today, which benchmarks compare with. It shares nothing with ``fpdarts.kernels`` but the description of the packing, by
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fpdarts import network
 from fpdarts.supernet import SuperNet
 
 
@@ -204,3 +205,33 @@ class NaiveSuperNet(nn.Module):
         for i, cell in enumerate(self.cells):
             gradients |= {f"cells.{i}.{name}": gradient for name, gradient in cell.packed_gradients().items()}
         return gradients
+
+
+def derived_cell(cell, before, previous, path_scales=None):
+    """What a derived network's cell computes, by calling its modules; running statistics move in training."""
+
+    def run(module, x):
+        if isinstance(module, network.FactorizedReduction):
+            x = F.relu(x)
+            return module.norm(torch.cat([module.even(x), module.odd(x[:, :, 1:, 1:])], 1))
+        return module(x)
+
+    states = [run(cell.preprocess0, before), run(cell.preprocess1, previous)]
+    for node in range(len(cell.operations) // 2):
+        total = 0
+        for edge in (2 * node, 2 * node + 1):
+            module = cell.operations[edge]
+            out = run(module, states[cell.spec.edges[edge][1]])
+            if path_scales is not None and not isinstance(module, nn.Identity):
+                out = out * path_scales[edge].to(out.dtype)
+            total = total + out
+        states.append(total)
+    return torch.cat([states[i] for i in cell.spec.concat], 1)
+
+
+def by_modules(derived):
+    """A copy of a DerivedNetwork that computes its cells by calling their modules."""
+    copy = deepcopy(derived)
+    for cell in copy.cells:
+        cell.forward = lambda *arguments, cell=cell: (derived_cell(cell, *arguments[:3]), None)
+    return copy

@@ -14,8 +14,14 @@ from benchmarks.cases import DEFAULTS, PARTS, STEPS, Setting, build, check, refe
 from benchmarks.counting import Count
 from benchmarks.limits import Limits
 from benchmarks.sides import Side
-from fpdarts import GateSampler, SuperNet, kernels
+from fpdarts import DerivedNetwork, GateSampler, Genotype, SuperNet, kernels
+from fpdarts.genotype import PUBLISHED
 
+# Of a reduction cell, with a factorized reduction, which no published one has.
+STRIDED = (
+    ("skip_connect", 0), ("max_pool_3x3", 1), ("avg_pool_3x3", 0), ("dil_conv_5x5", 1), ("sep_conv_3x3", 0),
+    ("skip_connect", 2), ("sep_conv_5x5", 3), ("skip_connect", 1),
+)  # fmt: skip
 LIMITS = Limits("cpu", 1, 1e11, 1e10, None)
 SMALL = Setting(batch_size=2, init_channels=4, cells=3, image_size=16)
 
@@ -128,6 +134,32 @@ def test_flops_by_formula_equal_those_dispatched(gates, partial, stem, size, d_w
     assert passes.forward.flops == forward.flops["convolution"] + forward.flops["addmm"]
     assert passes.backward.flops == backward.total()["flops"]
     assert passes.of("both").bytes() < forward.total()["bytes"] + backward.total()["bytes"]
+
+
+@pytest.mark.parametrize("stem, size, cells", [("cifar", 32, 6), ("imagenet", 224, 5)])
+def test_flops_of_retraining_by_formula_equal_those_dispatched(stem, size, cells):
+    genotype = Genotype(PUBLISHED["PC_DARTS_cifar"].normal, (2, 3, 5), STRIDED, (2, 3, 4, 5))
+    with torch.device("meta"):
+        network = DerivedNetwork(genotype, 10, 8, cells, stem, kernels="reference")
+        images = torch.empty(4, 3, size, size)
+    with Count() as forward:
+        logits, auxiliary = network(images)
+    with Count() as backward:
+        (logits.sum() + auxiliary.sum()).backward()
+    passes = work.network(network, 4, (size, size))
+    assert passes.forward.flops == forward.total()["flops"]
+    # the formula takes all of a node's work as needed, also where no later state reads it
+    assert passes.backward.flops >= backward.total()["flops"]
+    assert passes.of("both").bytes() < forward.total()["bytes"] + backward.total()["bytes"]
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_profile_of_retraining(stem):
+    result = profile.main(profile.Options("channels_last", what="retrain", stem=stem, cells=5, init_channels=8))
+    step = result["retrain_step"]
+    assert step["total"]["flops"] == pytest.approx(step["fewest"]["flops"], rel=1e-6)
+    assert step["total"]["bytes"] > step["fewest"]["bytes"]
+    assert "operators of the retrain step" in profile.show(result, 5)
 
 
 def test_counts_of_single_operators():

@@ -27,6 +27,7 @@ TINY = dict(limit=120, init_channels=4, cells=3, batch_size=30, epochs=2)  # two
 def small(monkeypatch):
     """Shapes with which a whole check takes a second or two."""
     monkeypatch.setattr(check, "SHAPES", (Shape(8, 2, 8), Shape(8, 4, 7)))
+    monkeypatch.setattr(check, "DERIVED_SHAPES", ((4, 8), (6, 7)))
     monkeypatch.setattr(check, "STEP_CHANNELS", 4)
     monkeypatch.setattr(check, "STEP_CELLS", 3)
     monkeypatch.setattr(check, "STEP_SIZE", 16)
@@ -95,10 +96,11 @@ def test_the_reference_passes_and_every_operation_is_there(small):
     assert {"factorized_reduction", "normalize", "node", "step of weights", "step of architecture"} <= set(found)
     assert {"cell, normal", "cell, reduction", "cell, factorized input"} <= set(found)
     assert {f"cell, gates {gates}" for gates in check.GATES} <= set(found)
+    assert {f"derived cell, {kind}" for kind in (*check.DERIVED, "drop-path", "evaluation")} <= set(found)
     for row in report["rows"]:
         assert 0 <= row["output_error"] <= row["output_tolerance"]
-        asked = row["operation"] not in ("normalize, statistics given", "cell, evaluation")
-        assert (row["gradient_error"] is not None) == asked
+        not_asked = "normalize, statistics given", "cell, evaluation", "derived cell, evaluation"
+        assert (row["gradient_error"] is None) == (row["operation"] in not_asked)
     assert "kernels reference on cpu" in lines[0] and [line.split("  ")[0] for line in lines[2:]] == found
 
 
@@ -106,6 +108,7 @@ def test_the_settings_are_those_of_a_search_on_cifar():
     settings = {case.setting for cases in check.operations().values() for case in cases}
     for c, size in ((8, 32), (16, 16), (32, 8)):
         assert {f"C/K={c}, K=2, {size}x{size}", f"reduction, C/K={c}, K=2, {size}x{size}"} <= settings
+    assert {"normal, C=36, 32x32", "reduction, C=144, 8x8", "factorized input, C=48, 7x7"} <= settings
     assert {"C/K=4, K=4, 7x7", "normal, C/K=4, K=4, 7x7", "reduction, C/K=4, K=4, 8x8"} <= settings
 
 
@@ -133,6 +136,25 @@ def test_a_wrong_gradient_is_found_whatever_the_seed(plant, small, factor):
     assert ("cell, gates path 0 only" in found) == (factor == 0)  # of a closed path it is zero, not missing
     assert found["cell, normal"]["worst"].startswith("d_sep_conv_5x5_pointwise_0, normal, ")
     assert found["cell, normal"]["gradient_error"] == pytest.approx(0.01 if factor else math.inf, rel=1e-2)
+
+
+def test_a_wrong_derived_cell_is_found(plant, small):
+    def derived_cell(*arguments):
+        out, statistics = reference.derived_cell(*arguments)
+        return out, statistics and statistics._replace(variance=statistics.variance * 1.001)
+
+    plant("wrong", derived_cell=derived_cell)
+    found = failed(check_kernels("wrong", "cpu", say=quiet))
+    assert set(found) == {f"derived cell, {kind}" for kind in (*check.DERIVED, "drop-path")}
+    assert found["derived cell, normal"]["worst"].startswith("variance, normal, C=")
+
+
+def test_derived_cells_that_a_back_end_does_not_have_are_told_and_not_checked(plant, small):
+    plant("other", derived_cell=None)
+    lines = []
+    report = check_kernels("other", "cpu", say=lines.append)
+    assert report["passed"] and not any(row["operation"].startswith("derived") for row in report["rows"])
+    assert "derived cell, normal: this version of fpdarts has no other kernels for derived_cell" in "\n".join(lines)
 
 
 def test_a_wrong_step_is_found(plant, small):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fpdarts import kernels
 from fpdarts.cli import main
 from fpdarts.run import load_checkpoint, read_metrics
 
@@ -95,6 +96,7 @@ def test_a_search_leaves_a_complete_run_directory(searched):
 def test_a_retraining_leaves_a_complete_run_directory(retrained, capsys):
     result = json.loads((retrained / "result.json").read_text())
     assert {"test_loss", "test_accuracy", "valid_accuracy", "parameters", "macs"} <= result.keys()
+    assert result["kernels"] in kernels.BACKENDS
     assert all(line["valid_accuracy"] is not None for line in read_metrics(retrained))
     status, out, _ = run(capsys, "evaluate", "--run", retrained, "--json")
     evaluated = json.loads(out)
@@ -129,7 +131,9 @@ def test_options_of_a_search_have_their_effect(searched, tmp_path, capsys, optio
 
 
 @pytest.mark.parametrize(
-    "options", [["--drop-path", "0.3"], ["--label-smoothing", "0.1"], ["--weight-decay", "0.1"]], ids=" ".join
+    "options",
+    [["--drop-path", "0.3"], ["--label-smoothing", "0.1"], ["--weight-decay", "0.1"], ["--kernels", "reference"]],
+    ids=" ".join,
 )
 def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path, capsys, options):
     out = tmp_path / "r"
@@ -150,7 +154,8 @@ def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path
         )[0]
         == 0
     )
-    assert read_metrics(out)[-1]["train_loss"] != read_metrics(retrained)[-1]["train_loss"]
+    same = read_metrics(out)[-1]["train_loss"] == read_metrics(retrained)[-1]["train_loss"]
+    assert same == (options[0] == "--kernels")  # auto is the reference so far
 
 
 @pytest.mark.parametrize(
@@ -167,6 +172,7 @@ def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path
         ("search --resume", "--resume needs --out"),
         ("search --resume --out nowhere", "nowhere holds no run"),
         ("retrain --genotype DARTS_V9", "DARTS_V1"),
+        ("retrain --device cpu --kernels triton --data nowhere", "kernels 'triton' cannot run here: "),
         ("retrain --auxiliary-weight 0.4", "auxiliary head meets a 2x2 map"),
         ("retrain --cells 2", "at least 3 cells"),
         ("evaluate --run nowhere", "nowhere holds no run"),

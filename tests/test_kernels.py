@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fpdarts.kernels.spec import OPERATIONS, CellSpec
+from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 from torch import nn
 
 from fpdarts import kernels
@@ -29,6 +29,16 @@ def test_a_back_end_asked_for_by_name_runs_or_says_why():
 def test_unknown_back_end_lists_the_valid_ones():
     with pytest.raises(ValueError, match="unknown kernels 'cudnn'; choose one of: auto, reference, native, triton"):
         kernels.backend("cudnn")
+
+
+def test_a_back_end_without_derived_cells_is_not_taken_for_them(plant):
+    plant("other", derived_cell=None)
+    message = "kernels 'other' cannot run here: this version of fpdarts has no other kernels for derived_cell"
+    with pytest.raises(kernels.BackendUnavailable, match=message):
+        kernels.backend("other", "cpu", "derived_cell")
+    assert kernels.backend("auto", "cpu").__name__ == "fpdarts.kernels.other"
+    assert kernels.backend("auto", "cpu", "derived_cell").__name__ != "fpdarts.kernels.other"
+    assert kernels.available("cpu", "derived_cell")["reference"] is None
 
 
 def slice_of_wider(n, c, h, w):
@@ -138,3 +148,30 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         kernels.cell(spec, **(arguments | change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"inputs": (torch.ones(1, 4, 8, 8), torch.ones(1, 4, 4, 4))}, "8x8 and 4x4"),
+        ({"inputs": (torch.ones(1, 4, 7, 7), torch.ones(1, 4, 7, 7))}, "a reduction cell has stride 2 .* is 7x7"),
+        ({"inputs": (torch.ones(1, 5, 8, 8), torch.ones(1, 4, 8, 8))}, r"input 0 must have shape \(N, 4, H, W\)"),
+        ({"weights": {}}, "weight preprocess0.1.weight is missing"),
+        ({"path_scales": torch.ones(2, 1)}, r"path_scales must have shape \(2, 1, 1, 1, 1\)"),
+        ({"statistics": (torch.ones(3, 6), torch.ones(4, 6))}, r"variance of the statistics must have shape \(3, 6\)"),
+    ],
+)
+def test_arguments_of_a_derived_cell_that_do_not_fit_are_named(change, message):
+    spec = DerivedCellSpec(6, (4, 4), (("dil_conv_3x3", 0), ("max_pool_3x3", 1)), (2,), reduction=True)
+    arguments = {
+        "inputs": (torch.ones(1, 4, 8, 8), torch.ones(1, 4, 8, 8)),
+        "weights": {name: torch.zeros(shape) for name, shape in spec.parameters.items()},
+    }
+    with pytest.raises(ValueError, match=message):
+        kernels.derived_cell(spec, **(arguments | change))
+
+
+def test_a_derived_cell_has_no_none_and_reads_earlier_states():
+    for edge in (("none", 0), ("skip_connect", 2)):
+        with pytest.raises(ValueError, match=f"edge 1 cannot be {edge[0]} from state {edge[1]}"):
+            DerivedCellSpec(4, (4, 4), (("skip_connect", 1), edge), (2,))

@@ -1,12 +1,14 @@
 """The derived network: published sizes, shapes, drop-path, the auxiliary head."""
 
+import naive
 import pytest
 import torch
+from fpdarts.kernels.spec import EPSILON
 from torch import nn
 
 from fpdarts.count import count, count_genotype
 from fpdarts.genotype import PUBLISHED, Genotype
-from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork, FactorizedReduction
+from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork
 
 GENOTYPE = PUBLISHED["PC_DARTS_cifar"]
 ALL_SKIP = Genotype([("skip_connect", 0), ("skip_connect", 1)], [2], [("skip_connect", 0), ("skip_connect", 1)], [2])
@@ -80,7 +82,7 @@ def test_cells_double_their_channels_where_they_halve_the_map():
     network = small(cells=8, auxiliary=False).eval()
     shapes = []
     for cell in network.cells:
-        cell.register_forward_hook(lambda module, inputs, out: shapes.append(tuple(out.shape[1:])))
+        cell.register_forward_hook(lambda module, inputs, out: shapes.append(tuple(out[0].shape[1:])))
     network(torch.randn(1, 3, 16, 16))
     assert shapes == [(16, 16, 16)] * 2 + [(32, 8, 8)] * 3 + [(64, 4, 4)] * 3
 
@@ -107,16 +109,86 @@ def test_average_pooling_leaves_the_padding_out():
 
 
 def test_factorized_reduction_reads_even_and_odd_pixels():
-    x = torch.randn(2, 3, 6, 4)
-    reduction = FactorizedReduction(3, 5).eval()
-    out = reduction(x)
+    cell = Cell(ALL_SKIP, 3, 3, 5, reduction=False, previous_reduces=True).eval()
+    before, previous = torch.randn(2, 3, 6, 4), torch.randn(2, 3, 3, 2)
+    out = cell(before, previous)[0] - cell(torch.zeros_like(before), previous)[0]
     assert out.shape == (2, 5, 3, 2)
-    scale = 1 / (1 + reduction.norm.eps) ** 0.5  # fresh running statistics: mean 0, variance 1
-    even = torch.einsum("nchw,oc->nohw", x.relu()[:, :, ::2, ::2], reduction.even.weight[:, :, 0, 0]) * scale
-    odd = torch.einsum("nchw,oc->nohw", x.relu()[:, :, 1::2, 1::2], reduction.odd.weight[:, :, 0, 0]) * scale
-    # float32 sums of three products: a few units in the last place.
+    scale = 1 / (1 + EPSILON) ** 0.5  # fresh running statistics: mean 0, variance 1
+    even, odd = (half.weight[:, :, 0, 0] * scale for half in (cell.preprocess0.even, cell.preprocess0.odd))
+    x = before.relu()
+    even = torch.einsum("nchw,oc->nohw", x[:, :, ::2, ::2], even)
+    odd = torch.einsum("nchw,oc->nohw", x[:, :, 1::2, 1::2], odd)
+    # float32 sums of a few products: a few units in the last place.
     torch.testing.assert_close(out[:, :2], even, rtol=1e-5, atol=1e-6, msg="even half")
     torch.testing.assert_close(out[:, 2:], odd, rtol=1e-5, atol=1e-6, msg="odd half")
+
+
+# The kernels' reference against the modules
+
+EVERYTHING = Genotype(
+    [("sep_conv_3x3", 1), ("skip_connect", 0), ("dil_conv_3x3", 2), ("max_pool_3x3", 1), ("sep_conv_5x5", 2),
+     ("avg_pool_3x3", 3), ("dil_conv_5x5", 3), ("skip_connect", 2)], [2, 4, 5],
+    [("max_pool_3x3", 0), ("skip_connect", 1), ("sep_conv_3x3", 0), ("dil_conv_5x5", 1), ("avg_pool_3x3", 1),
+     ("skip_connect", 2), ("max_pool_3x3", 3), ("skip_connect", 0)], [2, 3, 4, 5],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+@pytest.mark.parametrize("stem, size", [("cifar", 16), ("imagenet", 64)])
+@pytest.mark.parametrize("genotype", [GENOTYPE, EVERYTHING], ids=["published", "everything"])
+def test_the_seam_computes_what_the_modules_do(genotype, stem, size, drop_path):
+    network = small(genotype, cells=4, stem=stem, auxiliary=False, kernels="reference").double()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_()  # of normalizations, some scales are negative
+    modules, images = naive.by_modules(network), torch.randn(4, 3, size, size, dtype=torch.float64)
+    results = []
+    for model in (network, modules):
+        for _ in range(2):
+            torch.manual_seed(1)
+            logits = model(images, drop_path)
+        logits.square().sum().backward()
+        results.append({"logits": logits, "evaluated": model.eval()(images), **model.state_dict()})
+        results[-1] |= {f"d_{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[1].items():
+        torch.testing.assert_close(results[0][name], expected, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}: {m}")
+    assert network.cells[0].preprocess1[2].num_batches_tracked == 2
+
+
+def test_names_and_shapes_are_those_of_the_modules():
+    for reduction in (False, True):
+        for previous_reduces in (False, True):
+            cell = Cell(EVERYTHING, 6, 8, 4, reduction, previous_reduces)
+            shapes = [(name, tuple(parameter.shape)) for name, parameter in cell.named_parameters()]
+            assert shapes == list(cell.spec.parameters.items())
+            norms = [name for name, module in cell.named_modules() if isinstance(module, nn.BatchNorm2d)]
+            assert {name: row for row, name in enumerate(norms)} == cell.spec.normalizations
+
+
+# The names that checkpoints of the first version have.
+NAMES = """
+    preprocess0.1.weight preprocess0.2.weight preprocess0.2.bias preprocess0.2.running_mean preprocess0.2.running_var
+    preprocess0.2.num_batches_tracked operations.0.1.weight operations.0.2.weight operations.0.3.weight
+    operations.0.3.running_var operations.0.5.weight operations.0.6.weight operations.0.7.bias operations.3.3.weight
+"""
+NAMES_OF_A_REDUCTION = (
+    "preprocess0.even.weight preprocess0.odd.weight preprocess0.norm.weight preprocess1.2.running_mean"
+)
+
+
+def test_checkpoints_keep_their_names():
+    keys = small(auxiliary=False).state_dict().keys()
+    assert {f"cells.0.{name}" for name in NAMES.split()} <= keys
+    assert {f"cells.2.{name}" for name in NAMES_OF_A_REDUCTION.split()} <= keys
+    assert len(keys) == 311
+
+
+def test_kernels_are_a_choice():
+    with pytest.raises(ValueError, match="unknown kernels 'cudnn'; choose one of: auto, reference, native, triton"):
+        small(kernels="cudnn")
+    assert small().kernels == "auto"
 
 
 # Errors
@@ -143,7 +215,7 @@ def test_wrong_arguments(options, message):
 @pytest.mark.parametrize("stem, size, met", [("cifar", 9, "9x9"), ("cifar", 10, "5x5"), ("imagenet", 72, "9x9")])
 @pytest.mark.parametrize("genotype", [GENOTYPE, ALL_SKIP], ids=["convolutions", "skips"])
 def test_odd_sizes_are_named(genotype, stem, size, met):
-    with pytest.raises(ValueError, match=f"a map of {met} is to be halved, but halving needs even sizes"):
+    with pytest.raises(ValueError, match=f"has stride 2 and needs an even size, but its input is {met}; use images"):
         small(genotype, stem=stem, auxiliary=False)(torch.randn(2, 3, size, size))
 
 
@@ -178,7 +250,8 @@ def test_drop_path_drops_samples_of_an_edge_and_never_an_identity():
     pooled = cell.operations[0](cell.preprocess0(before))
     identity = cell.preprocess1(previous)
     scales = torch.tensor([[0.0, 2.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]).reshape(2, 4, 1, 1, 1)
-    out = cell(before, previous, scales)
+    out, statistics = cell(before, previous, scales)
+    assert statistics is None
     torch.testing.assert_close(out, pooled * scales[0] + identity, rtol=0, atol=0, msg="out")
 
 
@@ -251,6 +324,7 @@ def test_channels_last_stays_and_changes_nothing():
     left = []
 
     def check(module, inputs, out):
+        out = out[0] if isinstance(module, Cell) else out
         if out.dim() == 4 and not out.is_contiguous(memory_format=torch.channels_last):
             left.append(type(module).__name__)
 

@@ -44,14 +44,23 @@ def test_launches_and_bytes_of_a_step():
     assert both["architecture_step"]["total"]["bytes"] < step["total"]["bytes"]
 
 
+@pytest.mark.parametrize("stem, launches, gigabytes", [("cifar", 590, 20.5), ("imagenet", 500, 22)])
+def test_launches_and_bytes_of_a_step_of_retraining(stem, launches, gigabytes):
+    ours, theirs = (
+        profile.main(profile.Options(side, what="retrain", stem=stem, dtype="bfloat16"))["retrain_step"]["total"]
+        for side in ("triton", "reference")
+    )
+    assert ours["launches"] <= launches and ours["bytes"] <= gigabytes * 1e9
+    assert ours["launches"] < theirs["launches"] / 4 and ours["bytes"] < theirs["bytes"] / 1.6
+
+
 def test_kernels_compile_for_a_gpu_that_is_not_there():
     from benchmarks import aot
 
-    options = aot.Options(
-        arch=(90,), dtypes=("bfloat16",), searches=("cifar",), partial=(2,), kernels=("draw", "node_reduce"), jobs=1
-    )
+    kernels = "draw", "node_reduce", "join_reduce", "depthwise_fwd"
+    options = aot.Options(arch=(90,), dtypes=("bfloat16",), searches=("cifar",), partial=(2,), kernels=kernels, jobs=1)
     result = aot.main(options)
-    assert {row["kernel"] for row in result["rows"]} == {"draw_kernel", "node_reduce_kernel"}
+    assert {row["kernel"] for row in result["rows"]} == {f"{name}_kernel" for name in kernels}
     assert result["passed"], aot.show(result)
     assert all(row["widest_load"] == 128 for row in result["rows"])
 
@@ -79,3 +88,19 @@ def test_a_search_is_the_same_with_and_without_graphs(tmp_path):
     for with_graphs, without in zip(*rows):
         assert with_graphs["train_loss"] == without["train_loss"]
         assert with_graphs["alpha_normal"] == without["alpha_normal"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_retraining_is_the_same_with_and_without_graphs(tmp_path):
+    import json
+
+    from fpdarts.config import RetrainConfig
+    from fpdarts.retrain import retrain
+
+    losses = []
+    for graphs in (True, False):
+        out = tmp_path / str(graphs)
+        tiny = dict(init_channels=8, cells=3, epochs=3, limit=200, batch_size=32)
+        retrain(RetrainConfig(out=str(out), kernels="triton", device="cuda", cuda_graphs=graphs, **tiny))
+        losses.append([json.loads(line)["train_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == losses[1]

@@ -45,6 +45,7 @@ def _lazily(module: str, name: str):
 
 counting = _lazily("launch", "counting")
 cell = _lazily("driver", "cell")
+derived_cell = _lazily("derived", "derived_cell")
 stage, pooling, factorized_reduction, normalize, node = (
     _lazily("parts", name) for name in ("stage", "pooling", "factorized_reduction", "normalize", "node")
 )

@@ -23,7 +23,9 @@ class Backward:
         self.dx = torch.empty(p.k * p.slice, dtype=work.dtype, device=device)  # of convolutions that leave a node
         self.sums = torch.empty(p.sums, p.c, device=device)
         self.parts = min(tuning.tiles(p.m), 64)
-        shares = max(p.counters * self.parts, 2 * p.edges * len(p.convolutions) * tuning.tiles(max(p.m, p.m_in)))
+        tiles = tuning.tiles(max(p.m, p.m_in))
+        # of nodes and of convolutions; of input states, in tiles of half the size
+        shares = max(p.counters * self.parts, 2 * p.edges * len(p.convolutions) * tiles, 2 * 2 * p.k * 2 * tiles)
         self.partial = torch.empty(shares * p.c, device=device)
 
     @property
@@ -98,15 +100,18 @@ class Backward:
             "poolings_ptr": tables[1], "through_ptr": tables[2],
         }  # fmt: skip
 
+        stride = p.spec.stride(group[0]) if group[0] <= p.nodes else 1
+        options = tuning.state_gradient(padded(p.c), work.bytes, stride)
+
         def elements():
             pools = sum(work.open_on_host[pooling[3]] for pooling in poolings)
             return p.c * (3 * m * len(jobs) + p.m * (pools + len(through)))
 
         launch(
-            state_bwd_kernel, (tuning.tiles(m), len(jobs)), tensors, work.moved(elements), M=m, H=size[0], W=size[1],
-            OH=p.outer[0], OW=p.outer[1], SLICE=p.slice, D_OUT=(group[0] - 2) * p.k * p.c if is_node else 0,
-            STRIDE=p.spec.stride(group[0]) if group[0] <= p.nodes else 1, K=p.k, IS_NODE=is_node,
-            OUT_ROW=p.nodes * p.k * p.c, **work.block,
+            state_bwd_kernel, (pieces(m, options["BLOCK"]), len(jobs)), tensors, work.moved(elements), M=m, H=size[0],
+            W=size[1], OH=p.outer[0], OW=p.outer[1], SLICE=p.slice,
+            D_OUT=(group[0] - 2) * p.k * p.c if is_node else 0, STRIDE=stride, K=p.k, IS_NODE=is_node,
+            OUT_ROW=p.nodes * p.k * p.c, **(work.block | options),
         )  # fmt: skip
 
     def preprocess(self, i: int, x) -> Tensor:

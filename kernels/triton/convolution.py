@@ -52,7 +52,7 @@ def _offsets(tap, side, dilation, pad, skew):
 
 
 @triton.jit
-def _within(y, x, HEIGHT, WIDTH):
+def within(y, x, HEIGHT, WIDTH):
     """Whether a pixel lies in a map: as an unsigned number, what is negative is too large as well."""
     return (y.to(tl.uint32, bitcast=True) < HEIGHT.to(tl.uint32)) & (
         x.to(tl.uint32, bitcast=True) < WIDTH.to(tl.uint32)
@@ -118,7 +118,7 @@ def convolve_fwd_kernel(
         dy, dx = _offsets(tap, side, dilation, pad, skew)
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
         fits = ((tap < taps) & (ci < C_IN))[None, :]
-        loaded = inside[:, None] & fits & _within(y, x, H, W)
+        loaded = inside[:, None] & fits & within(y, x, H, W)
         values = tl.load(
             x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
         )
@@ -198,7 +198,7 @@ def convolve_dgrad_kernel(
                 if STRIDE == 2:
                     loaded = loaded & (((top | left) & 1) == 0)
                     top, left = top >> 1, left >> 1
-                loaded = loaded & _within(top, left, OH, OW)
+                loaded = loaded & within(top, left, OH, OW)
                 where = d_inner[None, :] + ((n[:, None] * OH + top) * OW + left) * D_ROW
                 values = tl.load(d + where, mask=loaded, other=0.0).to(DTYPE)
                 where = (weight_inner + tap * (C_IN * WEIGHT_ROW))[:, None] + (ci * WEIGHT_ROW)[None, :]
@@ -270,7 +270,7 @@ def convolve_wgrad_kernel(
         n, oy, ox = position(rows, OH, OW)
         base = ((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
-        loaded = inside[:, None] & fits[None, :] & _within(y, x, H, W)
+        loaded = inside[:, None] & fits[None, :] & within(y, x, H, W)
         values = tl.load(
             x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
         )

@@ -83,12 +83,18 @@ class _Cell(torch.autograd.Function):
         return None, None, None, *d_inputs, *d_mix, *d_weights
 
 
-def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
-    device, dtype = inputs[0].device, inputs[0].dtype
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+def storage(x: torch.Tensor) -> torch.dtype:
+    """What a cell's maps are stored in: its input's dtype, or that of autocast. Raises ValueError for any other."""
+    dtype, kind = x.dtype, x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"triton kernels compute in float32 or bfloat16, not {dtype}; use --kernels reference")
+    return dtype
+
+
+def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
+    device, dtype = inputs[0].device, storage(inputs[0])
     inputs = [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in inputs]
     weights = [weights[name].float().contiguous() for name in spec.parameters]
     mixing = (tensor.float().contiguous() for tensor in (operation_weights, edge_weights))

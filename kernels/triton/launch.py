@@ -8,7 +8,8 @@ import triton
 
 # A kernel that the launchers call. Sizes of maps are not specialized on (divisible by 16 or not), which would compile
 # each kernel again for every size; distances are: that they are aligned is what makes loads wide.
-kernel = triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "first", "ROWS", "LAST", "COUNTERS", "EPSILON"])
+_SIZES = ["M", "H", "W", "OH", "OW", "IMAGES", "first", "ROWS", "LAST", "COUNTERS", "EPSILON"]
+kernel = triton.jit(do_not_specialize=_SIZES)
 
 
 class Launches:

@@ -34,6 +34,13 @@ def elementwise(wide: int, size: int) -> dict:
     return {"num_warps": 8 if wide * size >= 64 else 4}
 
 
+def state_gradient(wide: int, size: int, stride: int) -> dict:
+    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held."""
+    if stride == 2:
+        return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8)}
+    return {"BLOCK": block(), "num_warps": 8 if wide * size >= 32 else 4}
+
+
 def convolution(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     """wide_in, wide_out: columns of the two operands, powers of two. precision: of float32, ``ieee`` or ``tf32``. size:
     bytes of an element. Exact float32 takes no tensor cores, and four times the registers."""
@@ -61,4 +68,42 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
     return {
         "BLOCK": 32 if exact else KNOBS["wgrad_block"], "BLOCK_K": max(16, min(128, max(wide_in, sums // wide_out))),
         "num_warps": 8 if size == 4 else KNOBS["wgrad_warps"], "num_stages": KNOBS["wgrad_stages"],
+    }  # fmt: skip
+
+
+# --- Of a derived cell, whose maps have more channels than the search's ---
+
+
+def columns(channels: int, most: int = 64) -> int:
+    """Channels of a block: the most that leave no more than a quarter of its lanes idle."""
+    size = min(most, 1 << (channels - 1).bit_length())
+    while size > 16 and -(-channels // size) * size > 4 / 3 * channels:
+        size //= 2
+    return size
+
+
+def derived(channels: int) -> dict:
+    """Of kernels that read maps element by element: 32 elements a thread at most, of which some keep four numbers."""
+    wide = columns(channels)
+    return {"BLOCK": min(block(), 4096 // wide), "COLUMNS": wide, "num_warps": 4}
+
+
+def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
+    """summed, wide: channels that a product sums over, and that it makes. A row is read anew for each block of them."""
+    exact = size == 4 and precision == "ieee"
+    most = 64 if exact else 128
+    whole = max(16, 1 << (wide - 1).bit_length())
+    found = whole if whole <= most else columns(wide, 64)
+    return {
+        "BLOCK": 64 if size == 4 else 128, "BLOCK_K": max(16, columns(summed, 16 if size == 4 else 32)),
+        "COLUMNS": found, "num_warps": 8 if found == 128 or (exact and found == 64) else 4, "num_stages": 1,
+    }  # fmt: skip
+
+
+def pointwise_weight_gradient(outputs: int, inputs: int, precision: str, size: int) -> dict:
+    exact = size == 4 and precision == "ieee"
+    most = 32 if exact else 64
+    return {
+        "BLOCK": 32 if size == 4 else 64, "OUTPUTS": max(16, columns(outputs, most)),
+        "INPUTS": max(16, columns(inputs, most)), "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
