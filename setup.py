@@ -20,14 +20,25 @@ NATIVE = os.environ.get("FPDARTS_NATIVE", "auto")
 
 class BuildWithCMake(build_ext):
     def get_ext_filename(self, fullname):
-        return os.path.join(*fullname.split(".")[:-1], LIBRARY)  # a plain library, loaded by ctypes: no Python in its name
+        return os.path.join(
+            *fullname.split(".")[:-1], LIBRARY
+        )  # a plain library, loaded by ctypes: no Python in its name
 
     def build_extension(self, extension):
         out = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "kernels"
         for folder in (out, build):
             folder.mkdir(parents=True, exist_ok=True)
-        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}"]
+        configure = [
+            "cmake",
+            "-G",
+            "Ninja",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
+        ]
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)
@@ -35,7 +46,9 @@ class BuildWithCMake(build_ext):
             message = f"fpdarts: the native CPU kernels were not built ({error})"
             if NATIVE == "require":
                 raise RuntimeError(message) from error
-            print(f"WARNING: {message}; install a C++17 compiler and install fpdarts again to have them", file=sys.stderr)
+            print(
+                f"WARNING: {message}; install a C++17 compiler and install fpdarts again to have them", file=sys.stderr
+            )
 
     def copy_extensions_to_source(self):
         if Path(self.get_ext_fullpath(self.extensions[0].name)).is_file() or self.get_outputs():

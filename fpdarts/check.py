@@ -429,7 +429,7 @@ def check_kernels(
     Raises ValueError for an unknown back end or device and BackendUnavailable for a back end that cannot run.
     """
     chosen = select_device(device)
-    name = backend_name(kernels, chosen)
+    name = backend_name(kernels, chosen, amp)
     lacks = kernel_backends.available(chosen.type, "derived_cell")[name]
     side = Side(name, chosen, torch.float32, amp)
     say(f"kernels {name} on {chosen}, mixed precision {amp}: relative errors against the reference in float64")

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from fpdarts import config as configuration
-from fpdarts import kernels
 from fpdarts.config import RetrainConfig, learning_rate
 from fpdarts.count import count
 from fpdarts.data import Loader, augmentation, open_data
@@ -15,7 +14,16 @@ from fpdarts.evaluate import build_network
 from fpdarts.genotype import find
 from fpdarts.graphs import GraphedStep, prepare_optimizer, set_learning_rate
 from fpdarts.run import Run
-from fpdarts.training import Meter, Progress, autocast, evaluate_model, require_finite, select_amp, select_device
+from fpdarts.training import (
+    Meter,
+    Progress,
+    autocast,
+    evaluate_model,
+    require_finite,
+    select_amp,
+    select_device,
+    select_kernels,
+)
 
 
 def retrain(config: RetrainConfig) -> dict:
@@ -25,10 +33,11 @@ def retrain(config: RetrainConfig) -> dict:
     be known, and NonFiniteLoss when training diverges.
     """
     device = select_device(config.device)
-    backend = kernels.backend(config.kernels, device.type, "derived_cell")  # fails now, with the reason
+    amp = select_amp(config.amp, device)
+    serving = select_kernels(config.kernels, amp, device, "derived_cell")  # fails now, with the reason
     genotype = find(config.out if config.resume else config.genotype)  # a resumed run keeps the copy it started with
     data = open_data(config.data, config.protocol, config.image_size)
-    config = configuration.resolved(replace(config, amp=select_amp(config.amp, device)), data.protocol)
+    config = configuration.resolved(replace(config, amp=amp), data.protocol)
     train_loader, holdout_loader, test_loader = _loaders(config, data, device)
 
     torch.manual_seed(config.seed)
@@ -69,7 +78,7 @@ def retrain(config: RetrainConfig) -> dict:
         progress.end_epoch(metrics)
     progress.close()
 
-    result = {"kernels": backend.__name__.rpartition(".")[2], "amp": config.amp, "device": str(device)}
+    result = {"kernels": serving, "amp": config.amp, "device": str(device)}
     result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
     result |= evaluate_model(network, test_loader, config.amp, top5, "test")
     return run.write_result({**result, **count(network, data.image_size)})

@@ -25,6 +25,7 @@ from fpdarts.training import (
     require_finite,
     select_amp,
     select_device,
+    select_kernels,
 )
 from fpdarts.verify import verify_step
 
@@ -36,9 +37,10 @@ def search(config: SearchConfig) -> dict:
     NonFiniteLoss when training diverges, and KernelMismatch when a step that is verified is not the reference's.
     """
     device = select_device(config.device)
-    backend = kernels.backend(config.kernels, device.type)  # fails now, with the reason, not after the data is read
+    amp = select_amp(config.amp, device)
+    serving = select_kernels(config.kernels, amp, device)  # fails now, with the reason, not after the data is read
     data = open_data(config.data, config.protocol, config.image_size)
-    config = configuration.resolved(replace(config, amp=select_amp(config.amp, device)), data.protocol)
+    config = configuration.resolved(replace(config, amp=amp), data.protocol)
     weight_loader, architecture_loader, validation_loader = _loaders(config, data, device)
 
     torch.manual_seed(config.seed)
@@ -87,7 +89,7 @@ def search(config: SearchConfig) -> dict:
         progress.end_epoch(metrics)
     progress.close()
 
-    result = {"kernels": backend.__name__.rpartition(".")[2], "amp": config.amp, "device": str(device)}
+    result = {"kernels": serving, "amp": config.amp, "device": str(device)}
     result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
     return run.write_result({**result, "genotype": model.genotype().to_dict()})
 

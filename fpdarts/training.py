@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fpdarts import kernels
 from fpdarts.errors import NonFiniteLoss
 from fpdarts.run import newest_checkpoint
 
@@ -27,6 +28,27 @@ def select_device(name: str) -> torch.device:
 
 def select_amp(amp: str | None, device: torch.device) -> str:
     return amp or ("bf16" if device.type == "cuda" else "off")
+
+
+def select_kernels(name: str, amp: str, device: torch.device, function: str = "cell") -> str:
+    """The back end that will serve, by name; of ``auto``, stderr is told which it is and why.
+
+    function: what is to be computed, ``cell`` or ``derived_cell``. Raises BackendUnavailable, with the reason.
+    """
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    chosen = kernels.backend(name, device.type, function, dtype).__name__.rpartition(".")[2]
+    if name == "auto":
+        why = (
+            "the fastest that can run here"
+            if chosen != "reference"
+            else "; ".join(
+                f"{other}: {reason or f'not in {amp}'}"
+                for other, reason in kernels.available(device.type, function).items()
+                if other != chosen
+            )
+        )
+        print(f"kernels: {chosen} ({why})", file=sys.stderr)
+    return chosen
 
 
 def autocast(amp: str, device: torch.device):

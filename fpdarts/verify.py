@@ -50,9 +50,10 @@ def one_precision():
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def backend_name(name: str, device: torch.device) -> str:
+def backend_name(name: str, device: torch.device, amp: str = "off") -> str:
     """Of the back end that runs there, also for auto."""
-    return kernel_backends.backend(name, device.type).__name__.rpartition(".")[2]
+    dtype = torch.bfloat16 if amp == "bf16" else None
+    return kernel_backends.backend(name, device.type, dtype=dtype).__name__.rpartition(".")[2]
 
 
 def normal_numbers(seed: int) -> Callable[..., Tensor]:
@@ -141,7 +142,7 @@ def _verify_cell(where: str, amp: str, seed: int, cell: Cell, arguments: tuple):
     the pixels whose gradient goes another way are then others, but an error stays.
     """
     inputs, operation_weights, edge_weights, gates, asked = arguments
-    name = backend_name(asked, inputs[0].device)
+    name = backend_name(asked, inputs[0].device, amp)
     tensors = {"input_0": inputs[0], "input_1": inputs[1], **dict(cell.named_parameters(recurse=False))}
     tensors |= {"operation_weights": operation_weights, "edge_weights": edge_weights}
     tolerance = VERIFY_TOLERANCE[arithmetic(inputs[0].device, amp)]

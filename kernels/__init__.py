@@ -1,11 +1,12 @@
 """The kernel seam: what the networks ask of a back end, and the choice of one.
 
 A back end is a module of this package with the functions below, in the same signatures, and ``unavailable(device)``,
-which returns None or the reason why it cannot run there. ``cell`` is what a search calls, and ``derived_cell`` what
-retraining calls, which a back end may do without; the other functions are parts of ``cell``, public so that each can be
-tested and timed alone. A faster back end may merge neighbouring parts (normalize into the stage that follows, for one);
-it is then tested against the same composition of the reference's parts. Parameters are packed as
-``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
+which returns None or the reason why it cannot run there. ``DTYPES`` names what it computes in, all if it is left out.
+``cell`` is what a search calls, and ``derived_cell`` what retraining calls, which a back end may do without; the other
+functions are parts of ``cell``, public so that each can be tested and timed alone. A faster back end may merge
+neighbouring parts (normalize into the stage that follows, for one); it is then tested against the same composition of
+the reference's parts. Parameters are packed as ``fpdarts.kernels.spec`` says, the same for all. No back end knows
+another.
 """
 
 import sys
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 from .spec import CellSpec, DerivedCellSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BACKENDS = ("reference", "native", "triton")  # auto takes the last that can run
@@ -61,29 +63,40 @@ def available(device: str = "cpu", function: str = "cell") -> dict[str, str | No
     return {name: _reason_against(name, device) or _reason_lacking(name, function) for name in BACKENDS}
 
 
+def _reason_of_dtype(name: str, dtype: Optional["torch.dtype"]) -> str | None:
+    known = getattr(import_module(f"{__name__}.{name}"), "DTYPES", None)
+    asked = str(dtype).removeprefix("torch.")
+    if dtype is None or known is None or asked in known:
+        return None
+    return f"they compute in {' or '.join(known)}, not in {asked}; use --amp off, or --kernels reference"
+
+
 def validate(name: str):
     """Raises ValueError, with the valid names, for an unknown one."""
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown kernels {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
 
 
-def backend(name: str = "auto", device: str = "cpu", function: str = "cell") -> ModuleType:
-    """The back end of that name. ``auto`` is the fastest that can run the function on the device.
+def backend(
+    name: str = "auto", device: str = "cpu", function: str = "cell", dtype: Optional["torch.dtype"] = None
+) -> ModuleType:
+    """The back end of that name. ``auto`` is the fastest that can run the function on the device, in that dtype.
 
     Raises ValueError for an unknown name and BackendUnavailable, with the reason, for one that cannot run: a back end
     that is asked for by name never falls back to another.
     """
-    return sys.modules[_loaded(name, device, function)]
+    return sys.modules[_loaded(name, device, function, dtype)]
 
 
-def _loaded(name: str, device: str, function: str) -> str:
+def _loaded(name: str, device: str, function: str, dtype: Optional["torch.dtype"]) -> str:
     """Name of the back end's module, which is now imported."""
     validate(name)
     if name == "auto" and device == "meta":
         name = "reference"  # others run nothing there, they only count
     elif name == "auto":
-        name = [name for name, reason in available(device, function).items() if reason is None][-1]
-    reason = _reason_against(name, device) or _reason_lacking(name, function)
+        able = [name for name, reason in available(device, function).items() if reason is None]
+        name = [name for name in able if not _reason_of_dtype(name, dtype)][-1]
+    reason = _reason_against(name, device) or _reason_lacking(name, function) or _reason_of_dtype(name, dtype)
     if reason:
         raise BackendUnavailable(f"kernels {name!r} cannot run here: {reason}")
     return import_module(f"{__name__}.{name}").__name__
@@ -92,13 +105,24 @@ def _loaded(name: str, device: str, function: str) -> str:
 _loaded._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, without importing torch
 
 
+def _serving(name: str, x: "Tensor", function: str = "cell") -> ModuleType:
+    """The back end that computes with a tensor; ``auto`` heeds its dtype, or that of autocast."""
+    kind = x.device.type
+    if name != "auto":
+        return backend(name, kind, function)
+    import torch  # is there already: x is its tensor
+
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return backend(name, kind, function, torch.get_autocast_dtype(kind) if autocast else x.dtype)
+
+
 def stage(x: "Tensor", depthwise: "Tensor", pointwise: "Tensor", *, stride=1, dilation=1, kernels="auto") -> "Tensor":
     """ReLU, depthwise and pointwise convolution of E edges at once; not normalized.
 
     x: (N, c, H, W), read by all edges, or (N, E*c, H, W), a slice an edge. depthwise: (E, k, k, c), zero padding
     dilation*(k-1)/2. pointwise: (E, c_in, c_out). Returns (N, E*c, H/stride, W/stride).
     """
-    return backend(kernels, x.device.type).stage(x, depthwise, pointwise, stride=stride, dilation=dilation)
+    return _serving(kernels, x).stage(x, depthwise, pointwise, stride=stride, dilation=dilation)
 
 
 def pooling(x: "Tensor", operation: str, *, stride=1, kernels="auto") -> "Tensor":
@@ -106,7 +130,7 @@ def pooling(x: "Tensor", operation: str, *, stride=1, kernels="auto") -> "Tensor
 
     x: (N, c, H, W). Returns (N, c, H/stride, W/stride).
     """
-    return backend(kernels, x.device.type).pooling(x, operation, stride=stride)
+    return _serving(kernels, x).pooling(x, operation, stride=stride)
 
 
 def factorized_reduction(x: "Tensor", even: "Tensor", odd: "Tensor", *, kernels="auto") -> "Tensor":
@@ -115,7 +139,7 @@ def factorized_reduction(x: "Tensor", even: "Tensor", odd: "Tensor", *, kernels=
     x: (N, c, H, W), H and W even. even: (E, c, h). odd: (E, c, h'). Returns (N, E*(h+h'), H/2, W/2), not normalized.
     """
     require_even(tuple(x.shape[2:]), "a factorized reduction")
-    return backend(kernels, x.device.type).factorized_reduction(x, even, odd)
+    return _serving(kernels, x).factorized_reduction(x, even, odd)
 
 
 def normalize(raw: "Tensor", weight: Optional["Tensor"] = None, statistics: Optional[tuple] = None, *, kernels="auto"):
@@ -124,7 +148,7 @@ def normalize(raw: "Tensor", weight: Optional["Tensor"] = None, statistics: Opti
     raw: (N, C, H, W). weight: (C,) or None for 1. statistics: (mean, variance), each (C,), to normalize by; None takes
     the batch's own. Returns (out, mean, variance): the batch's own, the variance unbiased, or those given.
     """
-    return backend(kernels, raw.device.type).normalize(raw, weight, statistics)
+    return _serving(kernels, raw).normalize(raw, weight, statistics)
 
 
 def node(slices: Sequence[Sequence[tuple]], *, kernels="auto") -> "Tensor":
@@ -133,7 +157,7 @@ def node(slices: Sequence[Sequence[tuple]], *, kernels="auto") -> "Tensor":
     slices: K sequences, none empty, of (term (N, c, H, W), coefficient: 0-dim tensor or None for 1).
     Returns (N, K*c, H, W).
     """
-    return backend(kernels, slices[0][0][0].device.type).node(slices)
+    return _serving(kernels, slices[0][0][0]).node(slices)
 
 
 def cell(
@@ -166,7 +190,7 @@ def cell(
     expected["gates"] = gates, (edges, spec.paths)
     _check_shapes(spec, inputs, expected)
     _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
-    module = backend(kernels, inputs[0].device.type)
+    module = _serving(kernels, inputs[0])
     return module.cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics)
 
 
@@ -198,7 +222,7 @@ def derived_cell(
         expected[f"{name} of the statistics"] = table, (len(spec.normalizations), spec.channels)
     _check_shapes(spec, inputs, expected)
     _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
-    module = backend(kernels, inputs[0].device.type, "derived_cell")
+    module = _serving(kernels, inputs[0], "derived_cell")
     return module.derived_cell(spec, inputs, weights, path_scales, statistics)
 
 

@@ -1,10 +1,13 @@
-"""The native back end: C++ kernels for CPUs with AVX2 or AVX-512. Contracts of the functions are in ``fpdarts.kernels``.
+"""The native back end: C++ kernels for CPUs with AVX2 or AVX-512. Contracts of the functions: ``fpdarts.kernels``.
 
-library.py loads what CMakeLists.txt built from kernels/csrc; operators.py and parts.py register it with PyTorch, a cell and
-its parts. They load at the first call: the package can be imported, and says why it cannot run, where nothing was built.
+library.py loads what CMakeLists.txt built from kernels/csrc; operators.py and parts.py register it with PyTorch, a cell
+and its parts. They load at the first call: the package can be imported, and says why it cannot run, where nothing was
+built.
 """
 
 from importlib import import_module
+
+DTYPES = ("float32",)
 
 
 def unavailable(device):

@@ -22,8 +22,14 @@ def _run(part: int, like: Tensor, channels: int, backward: bool, **fields):
     fields = {key: address(value) if isinstance(value, Tensor | None) else value for key, value in fields.items()}
     library().fpdarts_part(
         PartArguments(
-            part=part, backward=backward, threads=threads(), images=like.shape[0], channels=channels,
-            height=like.shape[2], width=like.shape[3], **fields,
+            part=part,
+            backward=backward,
+            threads=threads(),
+            images=like.shape[0],
+            channels=channels,
+            height=like.shape[2],
+            width=like.shape[3],
+            **fields,
         )  # fmt: skip
     )
 
@@ -207,7 +213,9 @@ def factorized_reduction(x, even, odd):
     float32_only(x)
     x = F.relu(x)
     n, _, height, width = x.shape
-    halves = (torch.einsum("nihw,eio->neohw", part, w) for part, w in ((x[:, :, ::2, ::2], even), (x[:, :, 1::2, 1::2], odd)))
+    halves = (
+        torch.einsum("nihw,eio->neohw", part, w) for part, w in ((x[:, :, ::2, ::2], even), (x[:, :, 1::2, 1::2], odd))
+    )
     return torch.cat(list(halves), 2).reshape(n, -1, height // 2, width // 2)
 
 

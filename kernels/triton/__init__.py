@@ -12,6 +12,7 @@ triton is not installed.
 from importlib import import_module
 from importlib.util import find_spec
 
+DTYPES = ("float32", "bfloat16")
 GRAPHS = True  # a step may be captured as a CUDA graph: gates are read on the device, and nothing waits for it
 
 
