@@ -15,9 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "FPDARTS_TESTED": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    inner = Path(__file__).parent / "interpreted.py"
+    inner = Path(__file__).parent / "agreement.py"
     result = subprocess.run([*command, str(inner)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 

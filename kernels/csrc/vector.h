@@ -54,7 +54,7 @@ template <int V> INLINE Vec<V> where_positive(Vec<V> condition, Vec<V> v) {
     const Vec<V> zero = {};
     return condition > zero ? v : zero;
 }
-template <int V> INLINE Vec<V> maximum(Vec<V> a, Vec<V> b) { return a >= b ? a : b; }
+template <int V> INLINE Vec<V> maximum(Vec<V> a, Vec<V> b) { return (a >= b) | (a != a) ? a : b; }  // or NaN
 
 // Pixels that fit one vector: of 8 channels two, where vectors have 16 lanes.
 template <int V> constexpr int PACK = WIDEST / V;

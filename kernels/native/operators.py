@@ -151,10 +151,20 @@ _cell.register_autograd(_backward, setup_context=_setup_context)
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
     for x in inputs:
         float32_only(x)
+    tensors = {**weights, "operation_weights": operation_weights, "edge_weights": edge_weights}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
     geometry = _geometry(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]))
-    mean, variance = (None, None) if statistics is None else (table.contiguous() for table in statistics)
+    n, _, height, width = _out_shape(geometry)
+    if statistics is None and n * height * width < 2:
+        raise ValueError(
+            f"{n} images of {height}x{width} pixels: statistics of a batch need at least two values a channel"
+        )
+    mean, variance = (None, None) if statistics is None else (table.float().contiguous() for table in statistics)
     out, *batch, _ = _cell(
         geometry, [spec.statistics_rows, spec.slice_channels], *inputs, [weights[name] for name in spec.parameters],
-        operation_weights.contiguous(), edge_weights.contiguous(), gates.to(torch.float32).contiguous(), mean, variance,
+        operation_weights.contiguous(), edge_weights.contiguous(), gates.to("cpu", torch.float32).contiguous(), mean,
+        variance,
     )  # fmt: skip
     return out, Statistics(*batch) if statistics is None else None

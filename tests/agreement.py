@@ -1,8 +1,11 @@
-"""The Triton kernels against the float64 reference, in Triton's interpreter: run by test_triton.py, in a process of its
-own with TRITON_INTERPRET=1, since that is read once, when triton is imported.
+"""A back end against the float64 reference: outputs, every gradient, statistics; twice the same bits.
+
+Run by test_native.py, and by test_triton.py in Triton's interpreter, in a process of its own each: what
+FPDARTS_TESTED names is tested, and TRITON_INTERPRET is read once, when triton is imported.
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -12,6 +15,11 @@ from fpdarts import DerivedNetwork, GateSampler, Genotype, SuperNet, kernels
 from fpdarts.check import CELL_TOLERANCE
 from fpdarts.space import DEFAULT_SUBSETS
 
+TESTED = os.environ.get("FPDARTS_TESTED", "triton")
+triton_only = pytest.mark.skipif(TESTED != "triton", reason="of Triton's kernels")
+derived = pytest.mark.skipif(
+    kernels.available("cpu", "derived_cell")[TESTED] is not None, reason="the back end has no derived cells"
+)
 TOLERANCE = 1e-5  # relative; float32 sums of some hundred terms leave a few 1e-7
 
 
@@ -29,7 +37,7 @@ def compare(function, inputs: dict, extra=()):
         named = {"out": out.detach(), **{f"d_{key}": d for key, d in zip(leaves, gradients[0])}}
         return named | {f"more {i}": value for i, value in enumerate(more)}
 
-    expected, actual = run("reference", torch.float64), run("triton", torch.float32)
+    expected, actual = run("reference", torch.float64), run(TESTED, torch.float32)
     for name, value in expected.items():
         if value is None:
             assert actual[name] is None, f"{name}: nothing depends on it"
@@ -74,8 +82,8 @@ def test_ties_of_maxima_go_to_the_first():
 def test_nan_is_not_lost():
     x = torch.randn(1, 8, 6, 6)
     x[0, 2, 3, 3] = float("nan")
-    assert kernels.pooling(x, "max_pool_3x3", kernels="triton").isnan().sum() == 9
-    out = kernels.stage(x, torch.ones(1, 3, 3, 8), torch.ones(1, 8, 8), kernels="triton")
+    assert kernels.pooling(x, "max_pool_3x3", kernels=TESTED).isnan().sum() == 9
+    out = kernels.stage(x, torch.ones(1, 3, 3, 8), torch.ones(1, 8, 8), kernels=TESTED)
     assert out.isnan().sum() == 9 * 8
 
 
@@ -198,6 +206,7 @@ DERIVED = {
 }
 
 
+@derived
 @pytest.mark.parametrize("setting", DERIVED)
 def test_derived_cell(setting):
     inputs, run = derived_case(**DERIVED[setting])
@@ -233,6 +242,7 @@ def derived_case(edges, size, n=2, channels=8, concat=None, reduction=False, fac
     return inputs, run
 
 
+@triton_only
 def test_derived_cell_in_bfloat16(monkeypatch):
     """Stored in bfloat16. The interpreter's products of bfloat16 are wrong, so operands are float32 here."""
     import triton.language as tl
@@ -253,12 +263,13 @@ def test_derived_cell_in_bfloat16(monkeypatch):
     assert max(errors[1:]) <= CELL_TOLERANCE["bf16"].gradient, "gradients"
 
 
+@triton_only
 def test_an_architecture_step_computes_no_gradient_of_weights():
     from fpdarts.kernels.triton.launch import counting
 
     from fpdarts.architect import frozen
 
-    model = SuperNet(5, 4, 3, nodes=1, kernels="triton")
+    model = SuperNet(5, 4, 3, nodes=1, kernels=TESTED)
     gates = GateSampler(*model.gate_shape).sample()
     with counting() as launched, frozen(model.weight_parameters()):
         out = model(torch.randn(2, 3, 8, 8), gates)
@@ -269,7 +280,7 @@ def test_an_architecture_step_computes_no_gradient_of_weights():
 
 def test_two_runs_give_the_same_bits():
     torch.manual_seed(0)
-    model = SuperNet(5, 4, 1, nodes=1, kernels="triton")
+    model = SuperNet(5, 4, 1, nodes=1, kernels=TESTED)
     images, gates = torch.randn(5, 3, 8, 8), GateSampler(*model.gate_shape).sample()
     runs = []
     for _ in range(2):
@@ -280,11 +291,12 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(first, second)
 
 
+@derived
 def test_two_steps_of_retraining_are_the_same():
     """The derived network's losses, weights and running statistics against the reference's; and twice the same bits."""
     genotype = Genotype(EVERY[:4], range(2, 4), STRIDED[:4], range(2, 4))
     runs = []
-    for name in ("reference", "triton", "triton"):
+    for name in ("reference", TESTED, TESTED):
         torch.manual_seed(0)
         network = DerivedNetwork(genotype, 3, 4, 3, auxiliary=False, kernels=name)
         sgd = torch.optim.SGD(network.parameters(), 0.01, 0.9)
@@ -300,12 +312,12 @@ def test_two_steps_of_retraining_are_the_same():
 
 
 def test_learning_is_the_same():
-    """Joint steps from one seed: losses and alphas. Twenty have been run; two are what a test has time for."""
+    """Joint steps from one seed: losses and alphas. Twenty are more than the interpreter has time for in a test."""
     from fpdarts.config import SearchConfig, resolved
     from fpdarts.search import build_supernet, optimizers, weight_step
 
     losses, alphas = {}, {}
-    for name in ("reference", "triton"):
+    for name in ("reference", TESTED):
         config = resolved(
             SearchConfig(init_channels=4, cells=3, nodes=1, kernels=name, architecture_learning_rate=1e-2, amp="off"),
             "digits",
@@ -316,7 +328,7 @@ def test_learning_is_the_same():
         sampler = GateSampler(*model.gate_shape, seed=0)
         generator = torch.Generator().manual_seed(0)
         losses[name] = []
-        for _ in range(2):
+        for _ in range(2 if TESTED == "triton" else 20):
             batches = [
                 (torch.randn(6, 3, 8, 8, generator=generator), torch.randint(3, (6,), generator=generator))
                 for _ in range(2)
@@ -324,13 +336,13 @@ def test_learning_is_the_same():
             architect.step(batches[0], sampler.sample())
             losses[name].append(weight_step(model, sgd, batches[1], sampler.sample(), config)[0].item())
         alphas[name] = torch.cat([p.detach().flatten() for p in model.architecture_parameters()])
-    torch.testing.assert_close(torch.tensor(losses["triton"]), torch.tensor(losses["reference"]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(alphas["triton"], alphas["reference"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(losses[TESTED]), torch.tensor(losses["reference"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alphas[TESTED], alphas["reference"], rtol=0, atol=1e-4)
 
 
 def test_what_it_cannot_compute_is_named():
     x = torch.randn(1, 4, 4, 4, dtype=torch.float64)
     spec = CellSpec(4, (4, 4), 2, DEFAULT_SUBSETS, nodes=1)
     weights = {name: torch.zeros(p.shape) for name, p in spec.parameters.items()}
-    with pytest.raises(ValueError, match="float32 or bfloat16, not torch.float64; use --kernels reference"):
-        kernels.cell(spec, (x, x), weights, torch.ones(2, 8), torch.ones(2), torch.ones(2, 2), kernels="triton")
+    with pytest.raises(ValueError, match="float32.*, not torch.float64; use --kernels reference"):
+        kernels.cell(spec, (x, x), weights, torch.ones(2, 8), torch.ones(2), torch.ones(2, 2), kernels=TESTED)

@@ -1,0 +1,207 @@
+"""The native back end: against the reference, as PyTorch operators, and inputs that could break C++."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fpdarts.kernels.spec import OPERATIONS, CellSpec
+
+from fpdarts import GateSampler, SuperNet, kernels
+from fpdarts.space import DEFAULT_SUBSETS
+
+if reason := kernels.available()["native"]:
+    pytest.skip(f"no native kernels: {reason}", allow_module_level=True)
+
+from fpdarts.kernels.native import library, operators, parts  # noqa: E402  loads the library
+
+ALL = (tuple(name for subset in DEFAULT_SUBSETS for name in subset),)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_against_the_reference(isa):
+    if isa == "avx512" and library.library().fpdarts_isa() != b"avx512":
+        pytest.skip("this processor has no AVX-512")
+    environment = {**os.environ, "FPDARTS_TESTED": "native", "FPDARTS_NATIVE_ISA": isa}
+    inner = Path(__file__).parent / "agreement.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(inner)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+def arguments(spec, n=2, size=(8, 8), dtype=torch.float32, seed=0):
+    """Of kernels.cell, all leaves that may have a gradient."""
+    torch.manual_seed(seed)
+    sizes = (tuple(2 * side for side in size) if spec.factorized_input else size), size
+    inputs = [torch.randn(n, c, *s, dtype=dtype) for c, s in zip(spec.input_channels, sizes)]
+    weights = {name: (torch.rand(p.shape, dtype=dtype) * 2 - 1) * p.bound for name, p in spec.parameters.items()}
+    edges, count = len(spec.edges), len(spec.operations)
+    mixing = [torch.rand(edges, count, dtype=dtype), torch.rand(edges, dtype=dtype)]
+    for tensor in (*inputs, *weights.values(), *mixing):
+        tensor.requires_grad_()
+    return tuple(inputs), weights, *mixing, torch.ones(edges, spec.paths)
+
+
+def results(name, spec, given, dtype):
+    inputs, weights, alpha, beta, gates = given
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (*inputs, *weights.values(), alpha, beta)]
+    named = dict(zip(weights, leaves[2:]))
+    out, batch = kernels.cell(spec, tuple(leaves[:2]), named, *leaves[-2:], gates, kernels=name)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad(out, leaves, direction.to(dtype))
+    keys = ["input 0", "input 1", *weights, "alpha", "beta"]
+    return {"out": out, "mean": batch.mean, "variance": batch.variance, **dict(zip(keys, gradients))}
+
+
+@pytest.mark.parametrize(
+    "channels, partial, subsets, size, threads",
+    [
+        (6, 2, DEFAULT_SUBSETS, (8, 8), 1), (10, 2, DEFAULT_SUBSETS, (6, 10), 2), (24, 2, DEFAULT_SUBSETS, (4, 4), 2),
+        (32, 2, DEFAULT_SUBSETS, (8, 8), 2), (64, 2, DEFAULT_SUBSETS, (4, 4), 7), (20, 4, DEFAULT_SUBSETS, (6, 4), 1),
+        (64, 4, DEFAULT_SUBSETS, (14, 14), 2), (5, 1, ALL, (8, 8), 2), (16, 2, DEFAULT_SUBSETS, (34, 18), 2),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["normal", "reduction", "factorized"])
+def test_four_nodes(channels, partial, subsets, size, threads, kind):
+    wide = 3 * channels, 4 * channels + 1
+    spec = CellSpec(
+        channels, wide, partial, subsets, reduction=kind == "reduction", factorized_input=kind == "factorized"
+    )
+    before, errors = torch.get_num_threads(), []
+    for seed in range(2):
+        given = arguments(spec, 3, size, seed=seed)
+        expected = results("reference", spec, given, torch.float64)
+        torch.set_num_threads(threads)
+        try:
+            actual = results("native", spec, given, torch.float32)
+        finally:
+            torch.set_num_threads(before)
+        each = {name: ((actual[name].double() - v).norm() / v.norm().clamp_min(1e-6)).item() for name, v in expected.items()}
+        errors.append(max((error, name) for name, error in each.items()))
+    # A sum that rounds to the other side of a ReLU turns a pixel, and by way of the statistics all of a small batch: a
+    # tie, which another draw does not have. An error stays.
+    assert min(errors)[0] <= 1e-5, errors
+
+
+def test_operators_are_what_pytorch_asks_of_one():
+    spec = CellSpec(8, (12, 16), 2, DEFAULT_SUBSETS, 2, factorized_input=True)
+    inputs, weights, alpha, beta, gates = arguments(spec)
+    geometry = operators._geometry(spec, 2, (8, 8))
+    rows = [spec.statistics_rows, spec.slice_channels]
+    cell = geometry, rows, *inputs, list(weights.values()), alpha, beta, gates, None, None
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    depthwise, pointwise = torch.randn(3, 5, 5, 4, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
+    terms = [torch.randn(2, 4, 6, 6, requires_grad=True) for _ in range(3)]
+    for operator, given in (
+        (operators._cell, cell),
+        (parts._stage, (x, depthwise, pointwise, 2, 1)),
+        (parts._pooling, (x, 1, 1)),
+        (parts._node, (terms, torch.rand(3, requires_grad=True), [0, 1, 1], 2)),
+    ):
+        torch.library.opcheck(operator, given)
+
+
+def test_torch_compile_takes_a_supernet_whole():
+    model = SuperNet(3, 8, 3, nodes=2, kernels="native")
+    images, gates = torch.randn(2, 3, 8, 8), GateSampler(*model.gate_shape).sample()
+    model.eval()
+    expected = model(images, gates)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, gates), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, o in OPERATIONS.items() if o.kind == "convolution"])
+def test_a_stage_without_images_or_pixels_is_empty(name):
+    k = OPERATIONS[name].kernel_size
+    x, depthwise, pointwise = torch.randn(0, 4, 6, 6), torch.randn(2, k, k, 4), torch.randn(2, 4, 4)
+    out = kernels.stage(x.requires_grad_(), depthwise.requires_grad_(), pointwise, kernels="native")
+    assert out.shape == (0, 8, 6, 6)
+    assert not torch.autograd.grad(out.sum(), depthwise)[0].any()
+
+
+def test_a_batch_of_no_images_is_refused():
+    spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 1)
+    inputs, *others = arguments(spec)
+    empty = tuple(x.detach()[:0] for x in inputs)
+    with pytest.raises(ValueError, match="at least two values a channel"):
+        kernels.cell(spec, empty, *others, kernels="native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int32])
+def test_other_dtypes_are_refused_by_name_and_left_to_the_reference_by_auto(dtype):
+    x = torch.ones(1, 4, 4, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=f"compute in float32, not {dtype}"):
+        kernels.pooling(x, "max_pool_3x3", kernels="native")
+    if dtype.is_floating_point:
+        assert kernels.pooling(x, "max_pool_3x3").dtype == dtype
+
+
+def test_weights_of_another_dtype_are_refused():
+    spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 1)
+    inputs, weights, *others = arguments(spec)
+    weights["preprocess1"] = weights["preprocess1"].double()
+    with pytest.raises(ValueError, match="preprocess1 must be float32 on the CPU, not torch.float64"):
+        kernels.cell(spec, inputs, weights, *others, kernels="native")
+
+
+def test_autocast_is_refused_by_name():
+    x = torch.ones(1, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="use --amp off"):
+        kernels.pooling(x, "max_pool_3x3", kernels="native")
+
+
+def test_layouts_do_not_matter():
+    spec = CellSpec(16, (16, 32), 2, DEFAULT_SUBSETS, 2)
+    inputs, weights, *others = arguments(spec)
+    expected, _ = kernels.cell(spec, inputs, weights, *others, kernels="native")
+    wider = torch.randn(2, 40, 8, 8)
+    wider[:, 8:] = inputs[1].detach()
+    turned = {name: w.detach().transpose(0, -1).contiguous().transpose(0, -1) for name, w in weights.items()}
+    strided = inputs[0].detach().to(memory_format=torch.channels_last), wider[:, 8:]
+    out, _ = kernels.cell(spec, strided, turned, *others, kernels="native")
+    assert torch.equal(out, expected)
+
+
+def _in_a_child(queue):
+    x = torch.ones(2, 8, 8, 8)
+    torch.set_num_threads(2)
+    queue.put(kernels.pooling(x, "max_pool_3x3", kernels="native").sum().item())
+
+
+def test_a_forked_process_computes_and_does_not_wait_for_threads_it_has_not():
+    kernels.pooling(torch.ones(2, 8, 8, 8), "max_pool_3x3", kernels="native")  # the parent's threads exist
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    child = fork.Process(target=_in_a_child, args=(queue,))
+    child.start()
+    child.join(60)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive and queue.get(timeout=5) == 1024
+
+
+def test_memory_is_used_again():
+    spec = CellSpec(16, (16, 16), 2, DEFAULT_SUBSETS)
+    given = arguments(spec, 8, (32, 32))
+    addresses = set()
+    for _ in range(3):
+        out, _ = kernels.cell(spec, *given, kernels="native")
+        addresses.add(out.grad_fn.saved_tensors[7].data_ptr() if hasattr(out.grad_fn, "saved_tensors") else 0)
+        del out
+    assert len(addresses) == 1
+
+
+def test_a_library_of_other_sources_says_so(monkeypatch):
+    monkeypatch.setattr(library, "ABI", -1)
+    with pytest.raises(library.LibraryError, match="another version.*install fpdarts again"):
+        library.library.__wrapped__()
+
+
+def test_a_missing_library_says_so(monkeypatch):
+    monkeypatch.setattr(library, "NAME", "no_such_library.so")
+    with pytest.raises(library.LibraryError, match="not built when fpdarts was installed"):
+        library.library.__wrapped__()
