@@ -1,5 +1,6 @@
 """Retraining: the network that a genotype describes, from scratch, tested once at the end."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +35,7 @@ def retrain(config: RetrainConfig) -> dict:
     """
     device = select_device(config.device)
     amp = select_amp(config.amp, device)
-    serving = select_kernels(config.kernels, amp, device, "derived_cell")  # fails now, with the reason
+    serving, told = select_kernels(config.kernels, amp, device, "derived_cell")  # fails now, with the reason
     genotype = find(config.out if config.resume else config.genotype)  # a resumed run keeps the copy it started with
     data = open_data(config.data, config.protocol, config.image_size)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
@@ -49,6 +50,7 @@ def retrain(config: RetrainConfig) -> dict:
     take_step = _steps(config, network, optimizer, device)
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
+    print(told, file=sys.stderr)
     prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if not config.resume:
         genotype.save(run.path / "genotype.json")

@@ -38,7 +38,9 @@ def search(config: SearchConfig) -> dict:
     """
     device = select_device(config.device)
     amp = select_amp(config.amp, device)
-    serving = select_kernels(config.kernels, amp, device)  # fails now, with the reason, not after the data is read
+    serving, told = select_kernels(
+        config.kernels, amp, device
+    )  # fails now, with the reason, not after the data is read
     data = open_data(config.data, config.protocol, config.image_size)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
     weight_loader, architecture_loader, validation_loader = _loaders(config, data, device)
@@ -52,6 +54,7 @@ def search(config: SearchConfig) -> dict:
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
     run, first_epoch = Run.open("search", config, data, stateful)
+    print(told, file=sys.stderr)
     for optimizer in (weight_optimizer, architect.optimizer):
         prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if config.gates == "fixed":

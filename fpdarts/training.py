@@ -30,25 +30,18 @@ def select_amp(amp: str | None, device: torch.device) -> str:
     return amp or ("bf16" if device.type == "cuda" else "off")
 
 
-def select_kernels(name: str, amp: str, device: torch.device, function: str = "cell") -> str:
-    """The back end that will serve, by name; of ``auto``, stderr is told which it is and why.
+def select_kernels(name: str, amp: str, device: torch.device, function: str = "cell") -> tuple[str, str]:
+    """The back end that will serve, by name, and a line that tells which it is and why.
 
     function: what is to be computed, ``cell`` or ``derived_cell``. Raises BackendUnavailable, with the reason.
     """
     dtype = torch.bfloat16 if amp == "bf16" else torch.float32
     chosen = kernels.backend(name, device.type, function, dtype).__name__.rpartition(".")[2]
-    if name == "auto":
-        why = (
-            "the fastest that can run here"
-            if chosen != "reference"
-            else "; ".join(
-                f"{other}: {reason or f'not in {amp}'}"
-                for other, reason in kernels.available(device.type, function).items()
-                if other != chosen
-            )
-        )
-        print(f"kernels: {chosen} ({why})", file=sys.stderr)
-    return chosen
+    why = "as asked" if name != "auto" else "the fastest that can run here"
+    if name == "auto" and chosen == "reference":
+        others = kernels.available(device.type, function).items()
+        why = "; ".join(f"{other}: {reason or f'not with --amp {amp}'}" for other, reason in others if other != chosen)
+    return chosen, f"kernels: {chosen} ({why})"
 
 
 def autocast(amp: str, device: torch.device):

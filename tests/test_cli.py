@@ -165,7 +165,8 @@ def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path
     "arguments, message",
     [
         ("search --data nowhere", "nowhere"),
-        ("search --kernels native", "kernels 'native' cannot run here: "),
+        ("search --device cpu --kernels triton", "kernels 'triton' cannot run here: "),
+        ("search --device cpu --kernels native --amp bf16", "kernels 'native' cannot run here: "),
         ("search --device gpu", "--device gpu cannot be used here"),
         ("search --epochs 0", "--epochs must be at least 1"),
         ("search --subsets sep_conv_9x9", "unknown operation 'sep_conv_9x9'; the operations are"),

@@ -80,7 +80,9 @@ def test_four_nodes(channels, partial, subsets, size, threads, kind):
             actual = results("native", spec, given, torch.float32)
         finally:
             torch.set_num_threads(before)
-        each = {name: ((actual[name].double() - v).norm() / v.norm().clamp_min(1e-6)).item() for name, v in expected.items()}
+        each = {
+            name: ((actual[name].double() - v).norm() / v.norm().clamp_min(1e-6)).item() for name, v in expected.items()
+        }
         errors.append(max((error, name) for name, error in each.items()))
     # A sum that rounds to the other side of a ReLU turns a pixel, and by way of the statistics all of a small batch: a
     # tie, which another draw does not have. An error stays.

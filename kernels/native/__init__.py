@@ -21,15 +21,14 @@ def unavailable(device):
     return None
 
 
-def _lazily(module: str, name: str):
-    def function(*args, **options):
-        return getattr(import_module(f"{__name__}.{module}"), name)(*args, **options)
+_MODULES = dict.fromkeys(("stage", "pooling", "factorized_reduction", "normalize", "node"), "parts") | {
+    "cell": "operators"
+}
 
-    function.__name__ = name
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = function  # from now on found without coming here, also by torch.compile, which cannot import
     return function
-
-
-cell = _lazily("operators", "cell")
-stage, pooling, factorized_reduction, normalize, node = (
-    _lazily("parts", name) for name in ("stage", "pooling", "factorized_reduction", "normalize", "node")
-)
