@@ -152,6 +152,15 @@ template <int V> class Backward : public Engine<V> {
         });
     }
 
+    // The same, to pixels `step` apart.
+    INLINE static void draw_rows(const Factors& f, int block, const float* g, const float* raw, int count, float* out,
+                                 int step) {
+        const Vec<V> factor = load<V>(&f.factor[block * V]), slope = load<V>(&f.slope[block * V]);
+        const Vec<V> shift = load<V>(&f.shift[block * V]), mean = load<V>(&f.mean[block * V]);
+        for (int i = 0; i < count; i++)
+            store<V>(out + i * step, factor * load<V>(g + i * V) + (slope * (load<V>(raw + i * V) - mean) + shift));
+    }
+
     // --- Sums of a node's gradient ---
 
     struct Terms {  // of one slice
@@ -385,17 +394,12 @@ template <int V> class Backward : public Engine<V> {
             const bool pool = o.kind == MAXIMUM || o.kind == AVERAGE;
             if (pool) pools.push_back({&o, pool_factors(o, column, source), {}, {}});
             const bool strided_skip = o.kind == SKIP && stride == 2;
-            std::vector<float> matrices;
-            if (strided_skip) matrices = this->skip_matrices(o, skip, true);
             for (int row : l.leaving[source]) {
                 const Edge& e = l.edges[row];
                 if (!this->is_open(e, o.path)) continue;
                 if (pool) pools.back().edges.push_back(&e), pools.back().scales.push_back(this->scale_of(e, column));
-                if (strided_skip) {
-                    const size_t each = matrices.size() / l.strided;
-                    skips.push_back({&o, &e, result_factors(e, column),
-                                     {matrices.begin() + each * row, matrices.begin() + each * (row + 1)}});
-                }
+                if (strided_skip)
+                    skips.push_back({&o, &e, result_factors(e, column), this->skip_matrix(o, skip, row, true)});
             }
         }
         for_images(l.n, threads, [&](int thread) {
@@ -543,13 +547,13 @@ template <int V> class Backward : public Engine<V> {
             const int count = std::min(CHUNK, l.out_pixels - first);
             for (int b = 0; b < l.blocks; b++) {
                 const int64_t at = (int64_t(b) * l.out_pixels + first) * V;
-                draw(f, b, g + at, raw + at, count, drawn + b * CHUNK * V);
+                draw_rows(f, b, g + at, raw + at, count, drawn + b * V, d.columns);
             }
             if (own) {
-                this->gather_skip(map, height, width, first, count, pixels);
+                this->gather_skip(d, map, height, width, first, count, pixels);
                 matrix_gradient(d, pixels, drawn, count, own);
             }
-            pointwise_rows<V>(drawn, CHUNK * V, V, d.columns / V, weights, d.columns * V, d.rows / V, count,
+            pointwise_rows<V>(drawn, V, d.columns, d.columns / V, weights, d.columns * V, d.rows / V, count,
                               [&](int x, int row, Vec<V> v) {
                                   const int odd = row >= l.blocks, b = row - odd * l.blocks;
                                   const int y = (first + x) / (width / 2) * 2 + odd;
@@ -559,11 +563,15 @@ template <int V> class Backward : public Engine<V> {
         }
     }
 
+    // pixels, drawn: rows of the product's two sides.
     static void matrix_gradient(const Dense& d, const float* pixels, const float* drawn, int count, float* own) {
-        for (int row = 0; row < d.rows / V; row++)
-            for (int column = 0; column < d.columns / V; column++)
-                outer<V>(pixels + row * V, d.rows, drawn + column * CHUNK * V, V, count,
-                         own + int64_t(row) * V * d.columns + column * V, d.columns);
+        d.with_block([&](auto lanes) {
+            constexpr int L = lanes;
+            for (int row = 0; row < d.rows; row += L)
+                for (int column = 0; column < d.columns; column += L)
+                    outer<L>(pixels + row, d.rows, drawn + column, d.columns, count,
+                             own + int64_t(row) * d.columns + column, d.columns);
+        });
     }
 
     // Sums of an input state's gradient, for its normalization.
@@ -588,9 +596,7 @@ template <int V> class Backward : public Engine<V> {
 
     void preprocess(int input) {
         const Dense d = this->preprocess_dense(input);
-        const auto matrix = d.matrix(a.weights[l.preprocess_weight[input]], a.weights[l.preprocess_weight[input] + d.two]);
-        std::vector<float> w(PackedWeights<V>::matrix_size(d.columns, d.rows));
-        PackedWeights<V>::matrix(matrix.data(), d.rows, d.columns, true, w.data());
+        const auto w = this->preprocess_matrix(input, d, true);
         std::vector<Factors> factors;
         for (int s = 0; s < l.slices; s++) factors.push_back(between_factors(input * l.slices + s, l.pixels));
         for_images(l.n, threads, [&](int thread) {
@@ -604,8 +610,8 @@ template <int V> class Backward : public Engine<V> {
                     for (int s = 0; s < l.slices; s++)
                         for (int b = 0; b < l.blocks; b++) {
                             const int64_t at = l.image(image, l.pixels) + (int64_t(b) * l.pixels + first) * V;
-                            draw(factors[s], b, d_input(input, s) + at, a.work + l.raw(input * l.slices + s) + at, count,
-                                 drawn + (s * l.blocks + b) * CHUNK * V);
+                            draw_rows(factors[s], b, d_input(input, s) + at, a.work + l.raw(input * l.slices + s) + at,
+                                      count, drawn + (s * l.blocks + b) * V, d.columns);
                         }
                     this->gather_input(d, input, image, first, count, pixels);
                     if (a.d_weights)
@@ -621,18 +627,21 @@ template <int V> class Backward : public Engine<V> {
                         const float* drawn) {
         const int each = d.rows / (1 + d.two), width = l.size[1];
         const int64_t begin = int64_t(image) * (d.two ? l.full_pixels : l.pixels);
-        pointwise_rows<V>(drawn, CHUNK * V, V, d.columns / V, w, long(d.columns) * V, d.rows / V, count,
-                          [&](int x, int row, Vec<V> v) {
-                              const int part = row * V >= each, channel = row * V - part * each;
-                              int64_t pixel = begin + first + x;
-                              if (d.two) {
-                                  const int y = (first + x) / width, column = (first + x) % width;
-                                  pixel = begin + int64_t(2 * y + part) * 2 * width + 2 * column + part;
-                              }
-                              v = where_positive<V>(load<V>(pixels + int64_t(x) * d.rows + row * V), v);
-                              float* to = a.d_x[input] + pixel * d.inputs + channel;
-                              store_some<V>(to, v, d.inputs - channel);
-                          });
+        d.with_block([&](auto lanes) {
+            constexpr int L = lanes;
+            pointwise_rows<L>(drawn, L, d.columns, d.columns / L, w, long(d.columns) * L, d.rows / L, count,
+                              [&](int x, int row, Vec<L> v) INLINE_LAMBDA {
+                                  const int part = row * L >= each, channel = row * L - part * each;
+                                  int64_t pixel = begin + first + x;
+                                  if (d.two) {
+                                      const int y = (first + x) / width, column = (first + x) % width;
+                                      pixel = begin + int64_t(2 * y + part) * 2 * width + 2 * column + part;
+                                  }
+                                  store_some<L>(a.d_x[input] + pixel * d.inputs + channel,
+                                                where_positive<L>(load<L>(pixels + int64_t(x) * d.rows + row * L), v),
+                                                d.inputs - channel);
+                              });
+        });
     }
 
     // --- Results ---

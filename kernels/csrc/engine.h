@@ -165,12 +165,18 @@ template <int V> class Engine {
     // and an odd pixel as one: the matrix [even 0; 0 odd] makes it a convolution like the other.
     // Rows: inputs, padded to blocks, of the one or of both pixels. Columns: `groups` slices of c channels, padded.
     struct Dense {
-        int inputs, rows, groups, columns;
+        int inputs, groups, columns, block, rows;
         bool two;  // pixels
 
         Dense(const Layout<V>& l, int inputs, int groups, bool two)
-            : inputs(inputs), rows(divide_up(inputs, V) * V * (1 + two)), groups(groups), columns(groups * l.lanes),
-              two(two), c(l.c), lanes(l.lanes) {}
+            : inputs(inputs), groups(groups), columns(groups * l.lanes), block(columns % WIDEST ? V : WIDEST),
+              rows(divide_up(inputs, block) * block * (1 + two)), two(two), c(l.c), lanes(l.lanes) {}
+
+        // f with the lanes of a block of rows or columns as a constant.
+        template <class F> void with_block(F&& f) const {
+            if (block == V) f(Constant<V>{});
+            else f(Constant<WIDEST>{});
+        }
 
         // f(packed index into even or odd, whether odd, index into the matrix)
         template <class F> void each(F&& f) const {
@@ -182,9 +188,13 @@ template <int V> class Engine {
                     f(at, odd, int64_t(odd * rows / 2 + i) * columns + o / c * lanes + o % c);
                 }
         }
-        std::vector<float> matrix(const float* even, const float* odd) const {
-            std::vector<float> out(size_t(rows) * columns);
-            each([&](int64_t at, bool is_odd, int64_t to) { out[to] = (is_odd ? odd : even)[at]; });
+        // The matrix, or its transpose, as pointwise_rows reads it.
+        std::vector<float> packed(const float* even, const float* odd, bool transposed) const {
+            std::vector<float> matrix(size_t(rows) * columns), out(matrix.size());
+            each([&](int64_t at, bool is_odd, int64_t to) { matrix[to] = (is_odd ? odd : even)[at]; });
+            with_block([&](auto lanes) {
+                PackedWeights<lanes>::matrix(matrix.data(), rows, columns, transposed, out.data());
+            });
             return out;
         }
 
@@ -196,17 +206,13 @@ template <int V> class Engine {
     }
     Dense skip_dense() const { return Dense(l, l.c, 1, true); }
 
-    std::vector<float> skip_matrices(const Operation& o, const Dense& d, bool transposed) const {
-        const size_t each = transposed ? PackedWeights<V>::matrix_size(d.columns, d.rows)
-                                       : PackedWeights<V>::matrix_size(d.rows, d.columns);
-        std::vector<float> out(each * l.strided);
+    std::vector<float> preprocess_matrix(int i, const Dense& d, bool transposed) const {
+        return d.packed(a.weights[l.preprocess_weight[i]], a.weights[l.preprocess_weight[i] + d.two], transposed);
+    }
+    std::vector<float> skip_matrix(const Operation& o, const Dense& d, int row, bool transposed) const {
         const int half = l.c / 2;
-        for (int row = 0; row < l.strided; row++) {
-            const auto matrix = d.matrix(a.weights[o.weight[0]] + int64_t(row) * l.c * half,
-                                         a.weights[o.weight[1]] + int64_t(row) * l.c * (l.c - half));
-            PackedWeights<V>::matrix(matrix.data(), d.rows, d.columns, transposed, &out[each * row]);
-        }
-        return out;
+        return d.packed(a.weights[o.weight[0]] + int64_t(row) * l.c * half,
+                        a.weights[o.weight[1]] + int64_t(row) * l.c * (l.c - half), transposed);
     }
 
     // ReLU of `count` pixels of an input of one image from pixel `first` on, as rows of the matrix product.
@@ -227,12 +233,12 @@ template <int V> class Engine {
             }
     }
     // The same of a state's slice, the even and the odd pixels of two rows and columns.
-    void gather_skip(const float* state, int height, int width, int first, int count, float* out) const {
+    void gather_skip(const Dense& d, const float* state, int height, int width, int first, int count, float* out) const {
         for (int i = 0; i < count; i++)
-            for (int part = 0; part < 2; part++)
-                for (int b = 0; b < l.blocks; b++, out += V) {
+            for (int part = 0; part < 2; part++, out += d.rows / 2)
+                for (int b = 0; b < l.blocks; b++) {
                     const int y = (first + i) / (width / 2) * 2 + part, x = (first + i) % (width / 2) * 2 + part;
-                    store<V>(out, relu<V>(load<V>(state + (int64_t(b) * height * width + y * width + x) * V)));
+                    store<V>(out + b * V, relu<V>(load<V>(state + (int64_t(b) * height * width + y * width + x) * V)));
                 }
     }
 

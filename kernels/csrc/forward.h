@@ -64,45 +64,53 @@ template <int V> class Forward : public Engine<V> {
     void preprocess() {
         for (int i = 0; i < 2; i++) {
             const Dense d = this->preprocess_dense(i);
-            const auto matrix = d.matrix(a.weights[l.preprocess_weight[i]], a.weights[l.preprocess_weight[i] + d.two]);
-            std::vector<float> w(PackedWeights<V>::matrix_size(d.rows, d.columns));
-            PackedWeights<V>::matrix(matrix.data(), d.rows, d.columns, false, w.data());
+            const auto w = this->preprocess_matrix(i, d, false);
             for_images(l.n, threads, [&](int thread) {
-                float* pixels = arena().take(CHUNK * d.rows);
-                MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(d.columns * 3));
-                return [&, pixels, sums, thread](int image) {
-                    const auto gather = [&](int first, int count) {
-                        this->gather_input(d, i, image, first, count, pixels);
-                    };
-                    dense(d, w.data(), l.pixels, i * l.slices, image, thread, pixels, sums, gather);
+                const DenseBuffers buffer(d);
+                return [&, buffer, thread](int image) {
+                    dense(d, w.data(), l.pixels, i * l.slices, image, thread, buffer, [&](int first, int count) {
+                        this->gather_input(d, i, image, first, count, buffer.pixels);
+                    });
                 };
             });
             for (int s = 0; s < l.slices; s++) finish(i * l.slices + s);
         }
     }
 
-    // One image's matrix products, into the planes of `row` and the rows behind it.
+    struct DenseBuffers {  // of a thread: rows of the product's two sides, and sums of its columns
+        float *pixels, *products;
+        MapSums<V>* sums;
+        explicit DenseBuffers(const Dense& d)
+            : pixels(arena().take(CHUNK * d.rows)), products(arena().take(CHUNK * d.columns)),
+              sums(reinterpret_cast<MapSums<V>*>(arena().take(d.columns * 3))) {}
+    };
+
+    // One image's matrix products, into the planes of `row` and the rows behind it. gather fills buffer.pixels.
     template <class Gather>
-    void dense(const Dense& d, const float* w, int map, int row, int image, int thread, float* pixels,
-               MapSums<V>* sums, Gather&& gather) {
+    void dense(const Dense& d, const float* w, int map, int row, int image, int thread, const DenseBuffers& buffer,
+               Gather&& gather) {
+        const int columns = d.columns, blocks = columns / V;
+        float* products = buffer.products;
         for (int first = 0; first < map; first += CHUNK) {
             const int count = std::min(CHUNK, map - first);
             gather(first, count);
-            const auto to = [&](int column) {
-                return a.work + l.raw(row + column / l.blocks) + l.image(image, map) +
-                       (int64_t(column % l.blocks) * map + first) * V;
-            };
-            pointwise_rows<V>(pixels, V, d.rows, d.rows / V, w, long(d.rows) * V, d.columns / V, count,
-                              [&](int x, int column, Vec<V> v) { store<V>(to(column) + x * V, v); });
-            if (!training) continue;
-            for (int column = 0; column < d.columns / V; column++) {
-                if (first == 0) sums[column].begin(load<V>(to(column)));
-                sums[column].row(to(column), count);
+            d.with_block([&](auto lanes) {
+                constexpr int L = lanes;
+                pointwise_rows<L>(buffer.pixels, L, d.rows, d.rows / L, w, long(d.rows) * L, columns / L, count,
+                                  [=](int x, int o, Vec<L> v) INLINE_LAMBDA { store<L>(products + x * columns + o * L, v); });
+            });
+            for (int column = 0; column < blocks; column++) {
+                float* to = a.work + l.raw(row + column / l.blocks) + l.image(image, map) +
+                            (int64_t(column % l.blocks) * map + first) * V;
+                for (int i = 0; i < count; i++) store<V>(to + i * V, load<V>(products + i * columns + column * V));
+                if (!training) continue;
+                if (first == 0) buffer.sums[column].begin(load<V>(to));
+                buffer.sums[column].row(to, count);
             }
         }
         if (!training) return;
-        for (int column = 0; column < d.columns / V; column++)
-            merge(thread, row + column / l.blocks, column % l.blocks, sums[column], map);
+        for (int column = 0; column < blocks; column++)
+            merge(thread, row + column / l.blocks, column % l.blocks, buffer.sums[column], map);
     }
 
     template <int K, int D, int S>
@@ -119,13 +127,14 @@ template <int V> class Forward : public Engine<V> {
         const int stride = l.stride(source), height = l.size_of(source)[0], width = l.size_of(source)[1];
         const Tile t(height, width, MARGIN, stride), around(height, width, 1, 1);
         std::vector<Used> used;
-        std::vector<float> skip_weights;
+        std::vector<std::vector<float>> skip_weights;
         const Dense skip = this->skip_dense();
         for (const Operation& o : l.operations) {
             if (!this->is_used(o, source)) continue;
             if (o.kind == CONVOLUTION) used.push_back(Used(*this, o, 0, false));
             else used.push_back(Used(o));
-            if (o.kind == SKIP && stride == 2) skip_weights = this->skip_matrices(o, skip, false);
+            if (o.kind == SKIP && stride == 2)
+                for (int row : l.leaving[source]) skip_weights.push_back(this->skip_matrix(o, skip, row, false));
         }
         const Sum sum = source < 2 ? Sum() : node_sum(source - 2);
 
@@ -134,9 +143,9 @@ template <int V> class Forward : public Engine<V> {
             float* tile = arena().take(l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
             float* line = arena().take(l.blocks * padded(width) * V);
-            float* pixels = arena().take(CHUNK * skip.rows);
+            const DenseBuffers products(skip);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, parts, tile, pooled, line, pixels, sums, thread](int image) {
+            return [&, parts, tile, pooled, line, products, sums, thread](int image) {
                 if (source < 2) normalize_input(source, image);
                 else node(source - 2, sum, image, parts);
                 for (int slice = 0; slice < l.slices; slice++) {
@@ -153,12 +162,11 @@ template <int V> class Forward : public Engine<V> {
                             const Edge& e = l.edges[row];
                             if (!this->is_open(e, slice)) continue;
                             if (u.o->kind == SKIP) {
-                                const auto gather = [&](int first, int count) {
-                                    this->gather_skip(map, height, width, first, count, pixels);
-                                };
-                                const size_t each = skip_weights.size() / l.strided;
-                                dense(skip, &skip_weights[each * row], l.out_pixels, u.o->row[0] + row, image, thread,
-                                      pixels, sums, gather);
+                                const auto& w = skip_weights[row - l.leaving[source].front()];
+                                dense(skip, w.data(), l.out_pixels, u.o->row[0] + row, image, thread, products,
+                                      [&](int first, int count) {
+                                          this->gather_skip(skip, map, height, width, first, count, products.pixels);
+                                      });
                                 continue;
                             }
                             specialized(u.o->kernel, u.o->dilation, stride, [&](auto k, auto d, auto s) {
