@@ -19,6 +19,8 @@ NATIVE = os.environ.get("FPDARTS_NATIVE", "auto")
 
 
 class BuildWithCMake(build_ext):
+    built = False
+
     def get_ext_filename(self, fullname):
         return os.path.join(
             *fullname.split(".")[:-1], LIBRARY
@@ -42,6 +44,7 @@ class BuildWithCMake(build_ext):
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)
+            self.built = True
         except (OSError, subprocess.CalledProcessError) as error:
             message = f"fpdarts: the native CPU kernels were not built ({error})"
             if NATIVE == "require":
@@ -50,8 +53,8 @@ class BuildWithCMake(build_ext):
                 f"WARNING: {message}; install a C++17 compiler and install fpdarts again to have them", file=sys.stderr
             )
 
-    def copy_extensions_to_source(self):
-        if Path(self.get_ext_fullpath(self.extensions[0].name)).is_file() or self.get_outputs():
+    def copy_extensions_to_source(self):  # of an editable installation
+        if self.built:
             super().copy_extensions_to_source()
 
     def get_outputs(self):

@@ -140,6 +140,12 @@ template <int V> class Backward : public Engine<V> {
             row, 1, count(pixels), [&](int i) { return between_sums.of(row, i); },
             [&](int i) { return between_sums.of(l.rows + row, i); });
     }
+    // Of an input, which was normalized in place.
+    Factors input_factors(int row) const {
+        Factors f = between_factors(row, l.pixels);
+        for (int i = 0; i < l.lanes; i++) f.slope[i] /= a.work[l.inverse(row) + i], f.mean[i] = 0;
+        return f;
+    }
     // Pixels of one block: g and raw -> d_raw.
     INLINE static void draw(const Factors& f, int block, const float* g, const float* raw, int count, float* out) {
         const Spread<V> factor(load<V>(&f.factor[block * V])), slope(load<V>(&f.slope[block * V]));
@@ -598,7 +604,7 @@ template <int V> class Backward : public Engine<V> {
         const Dense d = this->preprocess_dense(input);
         const auto w = this->preprocess_matrix(input, d, true);
         std::vector<Factors> factors;
-        for (int s = 0; s < l.slices; s++) factors.push_back(between_factors(input * l.slices + s, l.pixels));
+        for (int s = 0; s < l.slices; s++) factors.push_back(input_factors(input * l.slices + s));
         for_images(l.n, threads, [&](int thread) {
             float* pixels = arena().take(CHUNK * d.rows);
             float* drawn = arena().take(CHUNK * d.columns);
@@ -610,7 +616,7 @@ template <int V> class Backward : public Engine<V> {
                     for (int s = 0; s < l.slices; s++)
                         for (int b = 0; b < l.blocks; b++) {
                             const int64_t at = l.image(image, l.pixels) + (int64_t(b) * l.pixels + first) * V;
-                            draw_rows(factors[s], b, d_input(input, s) + at, a.work + l.raw(input * l.slices + s) + at,
+                            draw_rows(factors[s], b, d_input(input, s) + at, a.work + l.state(input, s) + at,
                                       count, drawn + (s * l.blocks + b) * V, d.columns);
                         }
                     this->gather_input(d, input, image, first, count, pixels);

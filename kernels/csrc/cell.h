@@ -85,9 +85,9 @@ template <int V> struct Layout {
         }
 
         plane = int64_t(n) * blocks * pixels * V, out_plane = int64_t(n) * blocks * out_pixels * V;
-        raw_at = 0;
-        states_at = raw_at + 2 * slices * plane + (rows - 2 * slices) * out_plane;
-        bypass_at = states_at + 2 * slices * plane + (nodes - 1) * slices * out_plane;
+        raw_at = 2 * slices * plane;
+        states_at = raw_at + (rows - 2 * slices) * out_plane;
+        bypass_at = states_at + (nodes - 1) * slices * out_plane;
         normal_at = bypass_at + (strided ? 2 * slices * out_plane : 0);
         total = normal_at + 2 * rows * lanes;
     }
@@ -98,13 +98,13 @@ template <int V> struct Layout {
     // Where an image of a plane begins.
     int64_t image(int i, int map_pixels) const { return int64_t(i) * blocks * map_pixels * V; }
 
+    // The inputs' rows are normalized in place: they are the states 0 and 1.
     int64_t raw(int row) const {
-        const int wide = 2 * slices;
-        return row < wide ? raw_at + row * plane : raw_at + wide * plane + (row - wide) * out_plane;
+        const int inputs = 2 * slices;
+        return row < inputs ? row * plane : raw_at + (row - inputs) * out_plane;
     }
     int64_t state(int source, int slice) const {
-        if (source < 2) return states_at + (source * slices + slice) * plane;
-        return states_at + 2 * slices * plane + ((source - 2) * slices + slice) * out_plane;
+        return source < 2 ? raw(source * slices + slice) : states_at + ((source - 2) * slices + slice) * out_plane;
     }
     int64_t bypass(int source, int slice) const {  // what of a state passes an edge as it is
         return stride(source) == 2 ? bypass_at + (source * slices + slice) * out_plane : state(source, slice);

@@ -188,16 +188,14 @@ template <int V> class Forward : public Engine<V> {
     void normalize_input(int source, int image) {
         for (int s = 0; s < l.slices; s++) {
             const int row = source * l.slices + s;
-            const float* from = a.work + l.raw(row) + l.image(image, l.pixels);
-            float* to = a.work + l.state(source, s) + l.image(image, l.pixels);
             for (int b = 0; b < l.blocks; b++) {
+                float* map = a.work + l.raw(row) + l.image(image, l.pixels) + int64_t(b) * l.pixels * V;
                 const Spread<V> mean(load<V>(a.work + l.mean(row) + b * V));
                 const Spread<V> inverse(load<V>(a.work + l.inverse(row) + b * V));
                 over_pixels<V>(l.pixels, [=](int i, auto lanes) {
                     constexpr int L = lanes;
-                    store<L>(to + i * V, (load<L>(from + i * V) - mean.template as<L>()) * inverse.template as<L>());
+                    store<L>(map + i * V, (load<L>(map + i * V) - mean.template as<L>()) * inverse.template as<L>());
                 });
-                from += int64_t(l.pixels) * V, to += int64_t(l.pixels) * V;
             }
         }
     }
