@@ -21,6 +21,7 @@ from fpdarts import config as configuration
 from fpdarts.config import SearchConfig
 from fpdarts.gates import GateSampler
 from fpdarts.search import _loaders, build_supernet, optimizers, weight_step
+from fpdarts.training import evaluate_model
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def learn(options: Options, kernels: str, seed: int) -> dict:
     config = configuration.resolved(config, data.protocol)
     device = torch.device(options.device)
     weight_loader, architecture_loader, validation_loader = _loaders(config, data, device)
+    validation_loader.images = validation_loader.images.limited(options.validation_images)
     torch.manual_seed(seed)
     model = build_supernet(config, len(data.classes)).to(device)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=seed)
@@ -60,16 +62,9 @@ def learn(options: Options, kernels: str, seed: int) -> dict:
         losses.append(weight_step(model, sgd, batch, gates.sample(), config)[0].item())
     seconds = time.perf_counter() - start
 
-    model.eval()
-    right = seen = 0
-    with torch.no_grad():
-        for images, labels in validation_loader.epoch():
-            right += (model(images, gates.expected()).argmax(1) == labels).sum().item()
-            seen += len(labels)
-            if seen >= options.validation_images:
-                break
+    validated = evaluate_model(model, validation_loader, "off", False, "valid", arguments=(gates.expected(),))
     alphas = torch.cat([p.detach().flatten() for p in model.architecture_parameters()])
-    return {"losses": losses, "alphas": alphas.tolist(), "accuracy": right / seen, "seconds": seconds}
+    return {"losses": losses, "alphas": alphas.tolist(), "accuracy": validated["valid_accuracy"], "seconds": seconds}
 
 
 def summary(runs: dict[str, list[dict]], steps: int) -> dict:
