@@ -43,7 +43,7 @@ def search(config: SearchConfig) -> dict:
     )  # fails now, with the reason, not after the data is read
     data = open_data(config.data, config.protocol, config.image_size)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
-    weight_loader, architecture_loader, validation_loader = _loaders(config, data, device)
+    weight_loader, architecture_loader, validation_loader = loaders(config, data, device)
 
     torch.manual_seed(config.seed)
     model = build_supernet(config, len(data.classes)).to(device)
@@ -141,7 +141,7 @@ def build_supernet(config: SearchConfig, num_classes: int) -> SuperNet:
     )
 
 
-def _loaders(config, data, device):
+def loaders(config, data, device):
     """Of the weight part, of the architecture part for its steps, and of the same for validation."""
     images = data.train if config.limit is None else data.train.limited(config.limit)
     weight_images, rest = images.split(config.weight_fraction, config.seed)
