@@ -22,36 +22,25 @@ class BuildWithCMake(build_ext):
     built = False
 
     def get_ext_filename(self, fullname):
-        return os.path.join(
-            *fullname.split(".")[:-1], LIBRARY
-        )  # a plain library, loaded by ctypes: no Python in its name
+        # a plain library, loaded by ctypes: no Python in its name
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
     def build_extension(self, extension):
         out = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "kernels"
         for folder in (out, build):
             folder.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake",
-            "-G",
-            "Ninja",
-            "-S",
-            str(ROOT),
-            "-B",
-            str(build),
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
-        ]
+        configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}"]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build)], check=True)
+            subprocess.run(["cmake", "--build", build], check=True)
             self.built = True
         except (OSError, subprocess.CalledProcessError) as error:
             message = f"fpdarts: the native CPU kernels were not built ({error})"
             if NATIVE == "require":
                 raise RuntimeError(message) from error
-            print(
-                f"WARNING: {message}; install a C++17 compiler and install fpdarts again to have them", file=sys.stderr
-            )
+            told = f"WARNING: {message}; install a C++17 compiler and install fpdarts again to have them"
+            print(told, file=sys.stderr)
 
     def copy_extensions_to_source(self):  # of an editable installation
         if self.built:

@@ -18,11 +18,10 @@ from fpdarts.gates import GateSampler
 from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 from fpdarts.space import DEFAULT_SUBSETS
 from fpdarts.supernet import SuperNet
-from fpdarts.training import autocast, select_device
+from fpdarts.training import autocast, backend_name, select_device
 from fpdarts.verify import (
     Tolerance,
     arithmetic,
-    backend_name,
     cell_results,
     is_gradient,
     normal_numbers,

@@ -30,13 +30,18 @@ def select_amp(amp: str | None, device: torch.device) -> str:
     return amp or ("bf16" if device.type == "cuda" else "off")
 
 
+def backend_name(name: str, device: torch.device, amp: str, function: str = "cell") -> str:
+    """Of the back end that runs there, also for auto. Raises BackendUnavailable, with the reason."""
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    return kernels.backend(name, device.type, function, dtype).__name__.rpartition(".")[2]
+
+
 def select_kernels(name: str, amp: str, device: torch.device, function: str = "cell") -> tuple[str, str]:
     """The back end that will serve, by name, and a line that tells which it is and why.
 
     function: what is to be computed, ``cell`` or ``derived_cell``. Raises BackendUnavailable, with the reason.
     """
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
-    chosen = kernels.backend(name, device.type, function, dtype).__name__.rpartition(".")[2]
+    chosen = backend_name(name, device, amp, function)
     why = "as asked" if name != "auto" else "the fastest that can run here"
     if name == "auto" and chosen == "reference":
         others = kernels.available(device.type, function).items()

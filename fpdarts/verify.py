@@ -18,7 +18,7 @@ from fpdarts import kernels as kernel_backends
 from fpdarts.errors import KernelMismatch
 from fpdarts.kernels.spec import CellSpec
 from fpdarts.supernet import Cell, SuperNet
-from fpdarts.training import autocast
+from fpdarts.training import autocast, backend_name
 
 
 class Tolerance(NamedTuple):
@@ -48,12 +48,6 @@ def one_precision():
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
-
-
-def backend_name(name: str, device: torch.device, amp: str = "off") -> str:
-    """Of the back end that runs there, also for auto."""
-    dtype = torch.bfloat16 if amp == "bf16" else None
-    return kernel_backends.backend(name, device.type, dtype=dtype).__name__.rpartition(".")[2]
 
 
 def normal_numbers(seed: int) -> Callable[..., Tensor]:

@@ -4,9 +4,11 @@
 
 #include <cstdint>
 
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
 constexpr int64_t FPDARTS_ABI = 1;
 
-// Geometry of a cell, as 64-bit integers: the fields of Shape in cell.h in their order, then four numbers an operation.
+// Geometry of a cell, as 64-bit integers: the fields of Shape in cell.h in their order, then five numbers an operation.
 struct CellArguments {
     const int64_t* geometry;
     int64_t threads;

@@ -503,12 +503,11 @@ template <int V> class Backward : public Engine<V> {
             mix(edges, scales, slice, at, mixed);
             draw(f, b, mixed, raw, l.out_pixels, mixed);
             std::fill_n(d_tile, t.pixels() * V, 0.0f);
-            const auto gradient = [=](int i) { return load<V>(mixed + i * V); };
             if (max) {
                 copy_into<V>(tile, t, map + int64_t(b) * size * V);
-                pool_map_backward<V, true>(tile, raw, t, stride, d_tile, gradient);
+                pool_map_backward<V, true>(tile, raw, t, stride, d_tile, mixed);
             } else {
-                pool_map_backward<V, false>(tile, raw, t, stride, d_tile, gradient);
+                pool_map_backward<V, false>(tile, raw, t, stride, d_tile, mixed);
             }
             for (int y = 0; y < t.height; y++)
                 for (int x = 0; x < t.width; x++, d_map += V) add_to<V>(d_map, load<V>(d_tile + (t.at(y, 0) + x) * V));
@@ -532,7 +531,7 @@ template <int V> class Backward : public Engine<V> {
                 for (int i = 0; i < size; i++) add_to<V>(to + i * V, load<V>(mixed + i * V));
             } else {
                 halve_map_backward<V>(map + int64_t(b) * size * V, a.work + l.bypass(source, slice) + at, l.size[0],
-                                      l.size[1], to, long(l.size[1]) * V, [=](int i) { return load<V>(mixed + i * V); });
+                                      l.size[1], to, mixed);
             }
         }
     }

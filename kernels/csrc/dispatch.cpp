@@ -4,12 +4,6 @@
 
 #include "abi.h"
 
-#ifdef _WIN32
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 #define DECLARE(isa)                                     \
     namespace isa {                                      \
     int64_t cell_workspace(const CellArguments&);        \

@@ -43,7 +43,7 @@ class Moments {
                       squares[l] - double(sum[l]) * sum[l] / count, count, total);
     }
 
-    // Over all threads; each lane's mean, variance and count to take(lane, mean, m2, count).
+    // Over all threads: take(lane, mean, summed squared deviation, count) gets each lane's.
     template <class Take> void each(int row, Take&& take) const {
         for (int l = 0; l < lanes; l++) {
             double mean = 0, m2 = 0, count = 0;

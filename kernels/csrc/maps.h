@@ -66,15 +66,15 @@ template <int V, bool MAX> void pool_map(const float* tile, const Tile& t, int s
     }
 }
 
-// Adds the gradient of pool_map to `d`, a tile of the same form. d_out(i): gradient of output pixel i. The first of
-// equal maxima gets it, as in PyTorch.
-template <int V, bool MAX, class Gradient>
-void pool_map_backward(const float* tile, const float* out, const Tile& t, int stride, float* d, Gradient&& d_out) {
+// Adds the gradient of pool_map to `d`, a tile of the same form. d_out: of the output. The first of equal maxima gets
+// it, as in PyTorch.
+template <int V, bool MAX>
+void pool_map_backward(const float* tile, const float* out, const Tile& t, int stride, float* d, const float* d_out) {
     const long pitch = long(t.pitch) * V;
     for (int y = 0, i = 0; y < t.height; y += stride) {
         for (int x = 0; x < t.width; x += stride, i++) {
             float* to = d + y * pitch + x * V;
-            Vec<V> gradient = d_out(i);
+            Vec<V> gradient = load<V>(d_out + i * V);
             if (MAX) {
                 const float* from = tile + y * pitch + x * V;
                 const Vec<V> value = load<V>(out + i * V);
@@ -101,16 +101,16 @@ template <int V> void halve_map(const float* in, int height, int width, float* o
         }
 }
 
-template <int V, class Gradient>
-void halve_map_backward(const float* in, const float* out, int height, int width, float* d, long d_pitch,
-                        Gradient&& d_out) {
+template <int V>
+void halve_map_backward(const float* in, const float* out, int height, int width, float* d, const float* d_out) {
     for (int y = 0, i = 0; y < height; y += 2)
         for (int x = 0; x < width; x += 2, i++) {
-            Vec<V> gradient = d_out(i);
+            Vec<V> gradient = load<V>(d_out + i * V);
             const Vec<V> value = load<V>(out + i * V);
             UNROLL for (int k = 0; k < 4; k++) {
-                const auto here = load<V>(in + ((y + k / 2) * width + x + k % 2) * V) == value;
-                add_to<V>(d + (y + k / 2) * d_pitch + (x + k % 2) * V, here ? gradient : Vec<V>{});
+                const long at = ((y + k / 2) * width + x + k % 2) * V;
+                const auto here = load<V>(in + at) == value;
+                add_to<V>(d + at, here ? gradient : Vec<V>{});
                 gradient = here ? Vec<V>{} : gradient;
             }
         }

@@ -9,7 +9,7 @@
 #include <map>
 #include <mutex>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "abi.h"
 
 namespace {
 

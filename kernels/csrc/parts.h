@@ -106,9 +106,8 @@ template <int V> class Parts {
                     pool(tile, t, map, b, out);
                     std::fill_n(d_tile, t.pixels() * V, 0.0f);
                     const float *value = out + b * out_pixels * V, *d = d_out + b * out_pixels * V;
-                    const auto gradient = [=](int i) { return load<V>(d + i * V); };
-                    if (a.kind == MAXIMUM) pool_map_backward<V, true>(tile, value, t, stride, d_tile, gradient);
-                    else pool_map_backward<V, false>(tile, value, t, stride, d_tile, gradient);
+                    if (a.kind == MAXIMUM) pool_map_backward<V, true>(tile, value, t, stride, d_tile, d);
+                    else pool_map_backward<V, false>(tile, value, t, stride, d_tile, d);
                     for (int y = 0; y < t.height; y++)
                         std::copy_n(d_tile + t.at(y, 0) * V, t.width * V, map + (b * pixels + y * t.width) * V);
                 }
@@ -117,7 +116,7 @@ template <int V> class Parts {
         });
     }
 
-    // Terms lie one after another in a.slices: of each its slice. a.x: pointers by way of a.terms.
+    // a.terms: a map of c channels each; a.slices: the slice that each is added to.
     void node() {
         const int slices = a.partial, wide = slices * c;
         for_images(n, threads, [&](int) {
