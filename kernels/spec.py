@@ -88,6 +88,9 @@ class CellSpec:
             )
         if len(self.subsets) > self.partial:
             raise ValueError(f"{len(self.subsets)} paths need as many slices, but partial={self.partial}")
+        for name, attribute in vars(CellSpec).items():
+            if isinstance(attribute, cached_property):
+                getattr(self, name)  # now: torch.compile cannot trace the lock around the first time
 
     @property
     def slice_channels(self) -> int:

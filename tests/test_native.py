@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -110,10 +111,16 @@ def test_operators_are_what_pytorch_asks_of_one():
 def test_torch_compile_takes_a_supernet_whole():
     model = SuperNet(3, 8, 3, nodes=2, kernels="native")
     images, gates = torch.randn(2, 3, 8, 8), GateSampler(*model.gate_shape).sample()
-    model.eval()
-    expected = model(images, gates)
+    plain = deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images, gates), expected)
+    out, expected = compiled(images, gates), plain(images, gates)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m: f"d_{name}: {m}")
+    for (name, ours), theirs in zip(model.named_buffers(), plain.buffers()):
+        torch.testing.assert_close(ours, theirs, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("name", [name for name, o in OPERATIONS.items() if o.kind == "convolution"])
