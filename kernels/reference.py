@@ -17,10 +17,10 @@ def unavailable(device):
     return None  # runs wherever PyTorch does
 
 
-def _pointwise(x, weight, groups=1, stride=1):
+def _pointwise(x, weight, groups=1):
     """1x1 convolution by weights of shape (..., c_in, c_out)."""
     weight = weight.transpose(-1, -2).reshape(-1, weight.shape[-2], 1, 1)
-    return F.conv2d(x, weight, stride=stride, groups=groups)
+    return F.conv2d(x, weight, groups=groups)
 
 
 def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
@@ -39,9 +39,16 @@ def pooling(x, operation, *, stride=1):
     return F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
 
 
+def _even_and_odd(x):
+    """Pixels of even and of odd coordinates. Taken out before a 1x1 convolution, which then has no stride: on CPUs with
+    AVX2 but no AVX-512, PyTorch's gradient of a strided one's weights is wrong below 8 channels, and writes past its
+    memory (github.com/uxlfoundation/oneDNN/issues/6035)."""
+    return x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
+
+
 def factorized_reduction(x, even, odd):
-    x = F.relu(x)
-    halves = _pointwise(x, even, stride=2), _pointwise(x[:, :, 1:, 1:], odd, stride=2)
+    pixels = _even_and_odd(F.relu(x))
+    halves = [_pointwise(part, weight) for part, weight in zip(pixels, (even, odd))]
     by_edge = zip(halves[0].split(even.shape[-1], 1), halves[1].split(odd.shape[-1], 1))
     return torch.cat([half for edge in by_edge for half in edge], 1)
 
@@ -245,10 +252,9 @@ def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):
     normalize = _Affine(spec, weights, statistics)
 
     def reduced(name, x):
-        x = F.relu(x)
-        even = F.conv2d(x, weights[f"{name}.even.weight"], stride=2)
-        odd = F.conv2d(x[:, :, 1:, 1:], weights[f"{name}.odd.weight"], stride=2)
-        return normalize(torch.cat([even, odd], 1), f"{name}.norm")
+        parts = zip(("even", "odd"), _even_and_odd(F.relu(x)))
+        halves = [F.conv2d(part, weights[f"{name}.{which}.weight"]) for which, part in parts]
+        return normalize(torch.cat(halves, 1), f"{name}.norm")
 
     def operation(edge):
         (name, source), stride = spec.edges[edge], spec.stride(edge)

@@ -337,7 +337,8 @@ def test_learning_is_the_same():
             losses[name].append(weight_step(model, sgd, batches[1], sampler.sample(), config)[0].item())
         alphas[name] = torch.cat([p.detach().flatten() for p in model.architecture_parameters()])
     torch.testing.assert_close(torch.tensor(losses[TESTED]), torch.tensor(losses["reference"]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(alphas[TESTED], alphas["reference"], rtol=0, atol=1e-4)
+    # a tenth of what Adam moves an alpha in one step, whose gradient may be near zero and then has few right digits
+    torch.testing.assert_close(alphas[TESTED], alphas["reference"], rtol=0, atol=1e-3)
 
 
 def test_what_it_cannot_compute_is_named():

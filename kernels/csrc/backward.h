@@ -13,8 +13,8 @@ template <int V> class Backward : public Gradients<V> {
     using Base = Gradients<V>;
     using Base::a, Base::l, Base::threads;
     using Base::columns, Base::gradients, Base::gradient_at, Base::between_sums, Base::node_sums, Base::term_sums, Base::d_node, Base::d_input, Base::d_between, Base::factors;
-    using Base::count, Base::result_factors, Base::between_factors, Base::input_factors, Base::draw, Base::draw_rows, Base::terms_of, Base::reduce, Base::unshuffle;
-    using typename Base::Dense, typename Base::Used, typename Base::Factors, typename Base::Terms;
+    using Base::result_factors, Base::between_factors, Base::input_factors, Base::terms_of, Base::reduce, Base::unshuffle;
+    using typename Base::Used, typename Base::Terms;
 
    public:
     using Base::Base;
@@ -84,12 +84,11 @@ template <int V> class Backward : public Gradients<V> {
     template <int K, int D, int S, bool ADD>
     void stage(const StageBuffers& buffer, const Tile& t, const Tile& d, const Stage& stage, const float* g,
                const float* raw, int thread) {
-        float* own = a.d_weights ? gradients[thread].data() : nullptr;
         const int64_t block = int64_t(d.height) * d.width * V;
         stage_backward<V, K, D, S, ADD>(
-            buffer, t, d, stage.weights, l.blocks, own ? own + stage.depthwise_at : nullptr,
-            own ? own + stage.pointwise_at : nullptr, [&](int b, int first, int count, float* to) INLINE_LAMBDA {
-                draw(stage.f, b, g + b * block + first * V, raw + b * block + first * V, count, to);
+            buffer, t, d, stage.weights, l.blocks, gradients.of(thread, stage.depthwise_at),
+            gradients.of(thread, stage.pointwise_at), [&](int b, int first, int count, float* to) INLINE_LAMBDA {
+                stage.f.template draw<V>(b, g + b * block + first * V, raw + b * block + first * V, count, to);
             });
     }
 
@@ -102,8 +101,7 @@ template <int V> class Backward : public Gradients<V> {
                 for (const Stage& s : stages.all) {
                     const int before = s.o->row[0] + s.edge;
                     const int64_t at = l.image(image, l.out_pixels);
-                    this->fill(buffer.tile, t, a.work + l.raw(before) + at, a.work + l.mean(before),
-                               a.work + l.inverse(before));
+                    fill_tile<V>(buffer.tile, t, l.blocks, a.work + l.raw(before) + at, this->normalization(before));
                     const float *g = d_node(l.edges[s.edge].node, s.o->path) + at, *raw = a.work + l.raw(s.row) + at;
                     specialized(s.o->kernel, s.o->dilation, 1, [&](auto k, auto d, auto) {
                         stage<k, d, 1, false>(buffer, t, t, s, g, raw, thread);
@@ -147,7 +145,7 @@ template <int V> class Backward : public Gradients<V> {
         const Tile t(height, width, MARGIN, stride), d(l.out_size[0], l.out_size[1], MARGIN, 1), around(height, width, 1, 1);
         std::vector<Terms> terms;
         if (source >= 2) terms = terms_of(source - 2);
-        const Dense skip = this->skip_dense();
+        const Dense<V> skip = this->skip_dense();
         struct Pool {
             const Operation* o;
             Factors f;
@@ -195,7 +193,7 @@ template <int V> class Backward : public Gradients<V> {
                     bool convolved = false;
                     const auto begin = [&] {
                         if (convolved) return;
-                        this->fill(buffer.tile, t, map, nullptr, nullptr);
+                        fill_tile<V>(buffer.tile, t, l.blocks, map, {});
                         std::fill_n(buffer.d_map, l.blocks * t.height * padded(t.width) * V, 0.0f);
                         convolved = true;
                     };
@@ -214,9 +212,8 @@ template <int V> class Backward : public Gradients<V> {
                         skip_backward(skip, s.f, s.weights.data(), map, d_node(s.e->node, slice) + out_at,
                                       a.work + l.raw(s.o->row[0] + s.e->row) + out_at, height, width, buffer.d_map,
                                       pixels, drawn,
-                                      a.d_weights ? &gradients[thread][gradient_at[s.o->weight[0]] +
-                                                                       int64_t(s.e->row) * skip.rows * skip.columns]
-                                                  : nullptr);
+                                      gradients.of(thread, gradient_at[s.o->weight[0]] +
+                                                               int64_t(s.e->row) * skip.rows * skip.columns));
                     }
                     if (convolved) add_convolved(buffer.d_map, map, height, width, d_map);
                     for (const Pool& p : pools)
@@ -245,7 +242,7 @@ template <int V> class Backward : public Gradients<V> {
                 product[i] += this->scale_of(e, column) * term_sums.of(edge * columns + column, i);
             }
         }
-        return factors(row, 1, count(l.out_pixels), [&](int i) { return sum[i]; },
+        return factors(row, 1, l.out_pixels, [&](int i) { return sum[i]; },
                        [&](int i) { return product[i] * a.work[l.inverse(row) + i]; });
     }
 
@@ -269,7 +266,7 @@ template <int V> class Backward : public Gradients<V> {
             const int64_t at = out_at + int64_t(b) * l.out_pixels * V;
             const float* raw = a.work + l.raw(o.row[0] + source) + at;
             mix(edges, scales, slice, at, mixed);
-            draw(f, b, mixed, raw, l.out_pixels, mixed);
+            f.template draw<V>(b, mixed, raw, l.out_pixels, mixed);
             std::fill_n(d_tile, t.pixels() * V, 0.0f);
             if (max) {
                 copy_into<V>(tile, t, map + int64_t(b) * size * V);
@@ -313,38 +310,20 @@ template <int V> class Backward : public Gradients<V> {
 
     // --- Matrix products ---
 
-    void skip_backward(const Dense& d, const Factors& f, const float* weights, const float* map, const float* g,
+    void skip_backward(const Dense<V>& d, const Factors& f, const float* weights, const float* map, const float* g,
                        const float* raw, int height, int width, float* d_map, float* pixels, float* drawn, float* own) {
-        const int64_t block = int64_t(height) * padded(width) * V;
         for (int first = 0; first < l.out_pixels; first += CHUNK) {
             const int count = std::min(CHUNK, l.out_pixels - first);
             for (int b = 0; b < l.blocks; b++) {
                 const int64_t at = (int64_t(b) * l.out_pixels + first) * V;
-                draw_rows(f, b, g + at, raw + at, count, drawn + b * V, d.columns);
+                f.template draw_rows<V>(b, g + at, raw + at, count, drawn + b * V, d.columns);
             }
             if (own) {
-                this->gather_skip(d, map, height, width, first, count, pixels);
-                matrix_gradient(d, pixels, drawn, count, own);
+                d.gather_map(map, {}, height, width, first, count, pixels);
+                d.matrix_gradient(pixels, drawn, count, own);
             }
-            pointwise_rows<V>(drawn, V, d.columns, d.columns / V, weights, d.columns * V, d.rows / V, count,
-                              [&](int x, int row, Vec<V> v) {
-                                  const int odd = row >= l.blocks, b = row - odd * l.blocks;
-                                  const int y = (first + x) / (width / 2) * 2 + odd;
-                                  const int column = (first + x) % (width / 2) * 2 + odd;
-                                  add_to<V>(d_map + b * block + (int64_t(y) * padded(width) + column) * V, v);
-                              });
+            d.map_gradient(weights, drawn, height, width, first, count, d_map);
         }
-    }
-
-    // pixels, drawn: rows of the product's two sides.
-    static void matrix_gradient(const Dense& d, const float* pixels, const float* drawn, int count, float* own) {
-        d.with_block([&](auto lanes) {
-            constexpr int L = lanes;
-            for (int row = 0; row < d.rows; row += L)
-                for (int column = 0; column < d.columns; column += L)
-                    outer<L>(pixels + row, d.rows, drawn + column, d.columns, count,
-                             own + int64_t(row) * d.columns + column, d.columns);
-        });
     }
 
     // Sums of an input state's gradient, for its normalization.
@@ -368,7 +347,7 @@ template <int V> class Backward : public Gradients<V> {
     }
 
     void preprocess(int input) {
-        const Dense d = this->preprocess_dense(input);
+        const Dense<V> d = this->preprocess_dense(input);
         const auto w = this->preprocess_matrix(input, d, true);
         std::vector<Factors> factors;
         for (int s = 0; s < l.slices; s++) factors.push_back(input_factors(input * l.slices + s));
@@ -376,44 +355,23 @@ template <int V> class Backward : public Gradients<V> {
             float* pixels = arena().take(CHUNK * d.rows);
             float* drawn = arena().take(CHUNK * d.columns);
             return [&, pixels, drawn, thread](int image) {
-                if (d.two && a.d_x[input])  // most pixels were not read
-                    std::fill_n(a.d_x[input] + int64_t(image) * l.full_pixels * d.inputs, int64_t(l.full_pixels) * d.inputs, 0.0f);
+                const float* from = a.x[input] + this->input_at(d, image);
+                float* d_x = a.d_x[input] ? a.d_x[input] + this->input_at(d, image) : nullptr;
+                if (d.two && d_x) std::fill_n(d_x, int64_t(l.full_pixels) * d.inputs, 0.0f);  // most are not read
                 for (int first = 0; first < l.pixels; first += CHUNK) {
                     const int count = std::min(CHUNK, l.pixels - first);
                     for (int s = 0; s < l.slices; s++)
                         for (int b = 0; b < l.blocks; b++) {
                             const int64_t at = l.image(image, l.pixels) + (int64_t(b) * l.pixels + first) * V;
-                            draw_rows(factors[s], b, d_input(input, s) + at, a.work + l.state(input, s) + at,
-                                      count, drawn + (s * l.blocks + b) * V, d.columns);
+                            factors[s].template draw_rows<V>(b, d_input(input, s) + at, a.work + l.state(input, s) + at,
+                                                             count, drawn + (s * l.blocks + b) * V, d.columns);
                         }
-                    this->gather_input(d, input, image, first, count, pixels);
-                    if (a.d_weights)
-                        matrix_gradient(d, pixels, drawn, count,
-                                        &gradients[thread][gradient_at[l.preprocess_weight[input]]]);
-                    if (a.d_x[input]) input_gradient(d, input, image, first, count, w.data(), pixels, drawn);
+                    d.gather_pixels(from, l.size[1], first, count, pixels);
+                    if (float* own = gradients.of(thread, gradient_at[l.preprocess_weight[input]]))
+                        d.matrix_gradient(pixels, drawn, count, own);
+                    if (d_x) d.image_gradient(w.data(), drawn, pixels, l.size[1], first, count, d_x);
                 }
             };
-        });
-    }
-
-    void input_gradient(const Dense& d, int input, int image, int first, int count, const float* w, const float* pixels,
-                        const float* drawn) {
-        const int each = d.rows / (1 + d.two), width = l.size[1];
-        const int64_t begin = int64_t(image) * (d.two ? l.full_pixels : l.pixels);
-        d.with_block([&](auto lanes) {
-            constexpr int L = lanes;
-            pointwise_rows<L>(drawn, L, d.columns, d.columns / L, w, long(d.columns) * L, d.rows / L, count,
-                              [&](int x, int row, Vec<L> v) INLINE_LAMBDA {
-                                  const int part = row * L >= each, channel = row * L - part * each;
-                                  int64_t pixel = begin + first + x;
-                                  if (d.two) {
-                                      const int y = (first + x) / width, column = (first + x) % width;
-                                      pixel = begin + int64_t(2 * y + part) * 2 * width + 2 * column + part;
-                                  }
-                                  store_some<L>(a.d_x[input] + pixel * d.inputs + channel,
-                                                where_positive<L>(load<L>(pixels + int64_t(x) * d.rows + row * L), v),
-                                                d.inputs - channel);
-                              });
         });
     }
 };

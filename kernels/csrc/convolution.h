@@ -102,14 +102,15 @@ INLINE void depthwise_weight(const float* in, long pitch, const float* d, long d
     }
 }
 
-// A row of pixels times a matrix, of which OUT blocks of columns are computed: take(x, block, value) gets each.
-// in: blocks of V inputs `block` apart, in each the pixels `step` apart. w: [column block][input][V], `column` apart.
-template <int V, int OUT, class Take>
+// A row of pixels times a matrix, of which OUT blocks of columns are computed for P pixels at a time: take(x, block,
+// value) gets each. in: blocks of V inputs `block` apart, in each the pixels `step` apart. w: [column block][input][V],
+// `column` apart.
+template <int V, int OUT, int P, class Take>
 INLINE void pointwise_row(const float* __restrict in, long block, long step, int blocks, const float* __restrict w,
                           long column, int width, Take&& take) {
-    for (int x = 0; x < width; x += PIXELS) {
-        Vec<V> sum[PIXELS][OUT];
-        UNROLL for (int t = 0; t < PIXELS; t++) {
+    for (int x = 0; x < width; x += P) {
+        Vec<V> sum[P][OUT];
+        UNROLL for (int t = 0; t < P; t++) {
             UNROLL for (int o = 0; o < OUT; o++) sum[t][o] = Vec<V>{};
         }
         for (int b = 0; b < blocks; b++) {
@@ -117,18 +118,18 @@ INLINE void pointwise_row(const float* __restrict in, long block, long step, int
             _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) {
                 Vec<V> weight[OUT];
                 UNROLL for (int o = 0; o < OUT; o++) weight[o] = load<V>(row + o * column + i * V);
-                UNROLL for (int t = 0; t < PIXELS; t++) {
+                UNROLL for (int t = 0; t < P; t++) {
                     const float value = pixel[t * step + i];
                     UNROLL for (int o = 0; o < OUT; o++) sum[t][o] += value * weight[o];
                 }
             }
         }
-        if (width - x >= PIXELS) {
-            UNROLL for (int t = 0; t < PIXELS; t++) {
+        if (width - x >= P) {
+            UNROLL for (int t = 0; t < P; t++) {
                 UNROLL for (int o = 0; o < OUT; o++) take(x + t, o, sum[t][o]);
             }
         } else {
-            UNROLL for (int t = 0; t < PIXELS; t++) {
+            UNROLL for (int t = 0; t < P; t++) {
                 if (t < width - x) {
                     UNROLL for (int o = 0; o < OUT; o++) take(x + t, o, sum[t][o]);
                 }
@@ -137,36 +138,56 @@ INLINE void pointwise_row(const float* __restrict in, long block, long step, int
     }
 }
 
+// Blocks of columns that share what is loaded: as many as leave room in the registers. f(first, how many as a constant).
+template <class F> INLINE void over_columns(int columns, F&& f) {
+    int o = 0;
+    for (; o + 3 <= columns; o += 3) f(o, Constant<3>{});
+    if (columns - o == 2) f(o, Constant<2>{});
+    else if (columns - o == 1) f(o, Constant<1>{});
+}
+
 // All column blocks; take(x, column block, value).
 template <int V, class Take>
 INLINE void pointwise_rows(const float* in, long block, long step, int blocks, const float* w, long column, int columns,
                            int width, Take&& take) {
-    int o = 0;
-    if constexpr (REGISTERS == 32) {
-        for (; o + 2 <= columns; o += 2)
-            pointwise_row<V, 2>(in, block, step, blocks, w + o * column, column, width,
-                                [&](int x, int i, Vec<V> v) INLINE_LAMBDA { take(x, o + i, v); });
-    }
-    for (; o < columns; o++)
-        pointwise_row<V, 1>(in, block, step, blocks, w + o * column, column, width,
-                            [&](int x, int, Vec<V> v) INLINE_LAMBDA { take(x, o, v); });
+    over_columns(columns, [&](int o, auto count) INLINE_LAMBDA {
+        constexpr int OUT = count, P = OUT == 1 || REGISTERS == 32 ? PIXELS : 4;
+        pointwise_row<V, OUT, P>(in, block, step, blocks, w + o * column, column, width,
+                                 [&](int x, int i, Vec<V> v) INLINE_LAMBDA { take(x, o + i, v); });
+    });
 }
 
-// out[input][column] += sum over pixels a[input] * d[column], one block of either.
-template <int V>
-INLINE void outer(const float* __restrict a, long a_step, const float* __restrict d, long d_step, int pixels,
-                  float* __restrict out, long out_step) {
-    constexpr int TOGETHER = REGISTERS == 32 ? V : 8;
-    for (int first = 0; first < V; first += TOGETHER) {
-        Vec<V> sum[TOGETHER];
-        UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] = Vec<V>{};
-        for (int x = 0; x < pixels; x++) {
-            const Vec<V> gradient = load<V>(d + x * d_step);
-            const float* from = a + x * a_step + first;
-            UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] += from[i] * gradient;
-        }
-        UNROLL for (int i = 0; i < TOGETHER; i++) add_to<V>(out + (first + i) * out_step, sum[i]);
+template <int V, int IN, int OUT>
+INLINE void outer_tile(const float* __restrict a, long a_step, const float* __restrict d, long d_block, long d_step,
+                       int pixels, float* __restrict out, long out_step) {
+    Vec<V> sum[IN][OUT];
+    UNROLL for (int i = 0; i < IN; i++) {
+        UNROLL for (int o = 0; o < OUT; o++) sum[i][o] = Vec<V>{};
     }
+    for (int x = 0; x < pixels; x++, a += a_step, d += d_step) {
+        Vec<V> gradient[OUT];
+        UNROLL for (int o = 0; o < OUT; o++) gradient[o] = load<V>(d + o * d_block);
+        UNROLL for (int i = 0; i < IN; i++) {
+            const float value = a[i];
+            UNROLL for (int o = 0; o < OUT; o++) sum[i][o] += value * gradient[o];
+        }
+    }
+    UNROLL for (int i = 0; i < IN; i++) {
+        UNROLL for (int o = 0; o < OUT; o++) add_to<V>(out + i * out_step + o * V, sum[i][o]);
+    }
+}
+
+// out[input][column] += sum over pixels a[input] * d[column]: `rows` blocks of inputs, `columns` blocks of columns.
+template <int V>
+INLINE void outer(const float* a, long a_block, long a_step, int rows, const float* d, long d_block, long d_step,
+                  int columns, int pixels, float* out, long out_step) {
+    over_columns(columns, [&](int o, auto count) INLINE_LAMBDA {
+        constexpr int OUT = count, IN = OUT == 1 ? (REGISTERS == 32 ? V : 8) : REGISTERS == 32 ? 8 : 4;
+        for (int b = 0; b < rows; b++)
+            for (int i = 0; i < V; i += IN)
+                outer_tile<V, IN, OUT>(a + b * a_block + i, a_step, d + o * d_block, d_block, d_step, pixels,
+                                       out + (b * V + i) * out_step + o * V, out_step);
+    });
 }
 
 }  // namespace FPDARTS_ISA

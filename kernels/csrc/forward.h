@@ -9,7 +9,7 @@ namespace FPDARTS_ISA {
 template <int V> class Forward : public Engine<V> {
     using Base = Engine<V>;
     using Base::a, Base::l, Base::training, Base::threads;
-    using typename Base::Dense, typename Base::Used;
+    using typename Base::Used;
 
    public:
     explicit Forward(const CellArguments& arguments)
@@ -63,13 +63,14 @@ template <int V> class Forward : public Engine<V> {
 
     void preprocess() {
         for (int i = 0; i < 2; i++) {
-            const Dense d = this->preprocess_dense(i);
+            const Dense<V> d = this->preprocess_dense(i);
             const auto w = this->preprocess_matrix(i, d, false);
             for_images(l.n, threads, [&](int thread) {
-                const DenseBuffers buffer(d);
+                const DenseBuffers<V> buffer(d);
                 return [&, buffer, thread](int image) {
+                    const float* from = a.x[i] + this->input_at(d, image);
                     dense(d, w.data(), l.pixels, i * l.slices, image, thread, buffer, [&](int first, int count) {
-                        this->gather_input(d, i, image, first, count, buffer.pixels);
+                        d.gather_pixels(from, l.size[1], first, count, buffer.pixels);
                     });
                 };
             });
@@ -77,39 +78,15 @@ template <int V> class Forward : public Engine<V> {
         }
     }
 
-    struct DenseBuffers {  // of a thread: rows of the product's two sides, and sums of its columns
-        float *pixels, *products;
-        MapSums<V>* sums;
-        explicit DenseBuffers(const Dense& d)
-            : pixels(arena().take(CHUNK * d.rows)), products(arena().take(CHUNK * d.columns)),
-              sums(reinterpret_cast<MapSums<V>*>(arena().take(d.columns * 3))) {}
-    };
-
-    // One image's matrix products, into the planes of `row` and the rows behind it. gather fills buffer.pixels.
+    // One image's matrix products, into the planes of `row` and the rows behind it.
     template <class Gather>
-    void dense(const Dense& d, const float* w, int map, int row, int image, int thread, const DenseBuffers& buffer,
+    void dense(const Dense<V>& d, const float* w, int map, int row, int image, int thread, const DenseBuffers<V>& buffer,
                Gather&& gather) {
-        const int columns = d.columns, blocks = columns / V;
-        float* products = buffer.products;
-        for (int first = 0; first < map; first += CHUNK) {
-            const int count = std::min(CHUNK, map - first);
-            gather(first, count);
-            d.with_block([&](auto lanes) {
-                constexpr int L = lanes;
-                pointwise_rows<L>(buffer.pixels, L, d.rows, d.rows / L, w, long(d.rows) * L, columns / L, count,
-                                  [=](int x, int o, Vec<L> v) INLINE_LAMBDA { store<L>(products + x * columns + o * L, v); });
-            });
-            for (int column = 0; column < blocks; column++) {
-                float* to = a.work + l.raw(row + column / l.blocks) + l.image(image, map) +
-                            (int64_t(column % l.blocks) * map + first) * V;
-                for (int i = 0; i < count; i++) store<V>(to + i * V, load<V>(products + i * columns + column * V));
-                if (!training) continue;
-                if (first == 0) buffer.sums[column].begin(load<V>(to));
-                buffer.sums[column].row(to, count);
-            }
-        }
+        dense_forward<V>(d, w, map, training, buffer, gather, [&](int column) {
+            return a.work + l.raw(row + column / l.blocks) + l.image(image, map) + int64_t(column % l.blocks) * map * V;
+        });
         if (!training) return;
-        for (int column = 0; column < blocks; column++)
+        for (int column = 0; column < d.columns / V; column++)
             merge(thread, row + column / l.blocks, column % l.blocks, buffer.sums[column], map);
     }
 
@@ -128,7 +105,7 @@ template <int V> class Forward : public Engine<V> {
         const Tile t(height, width, MARGIN, stride), around(height, width, 1, 1);
         std::vector<Used> used;
         std::vector<std::vector<float>> skip_weights;
-        const Dense skip = this->skip_dense();
+        const Dense<V> skip = this->skip_dense();
         for (const Operation& o : l.operations) {
             if (!this->is_used(o, source)) continue;
             if (o.kind == CONVOLUTION) used.push_back(Used(*this, o, 0, false));
@@ -143,7 +120,7 @@ template <int V> class Forward : public Engine<V> {
             float* tile = arena().take(l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
             float* line = arena().take(l.blocks * padded(width) * V);
-            const DenseBuffers products(skip);
+            const DenseBuffers<V> products(skip);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
             return [&, parts, tile, pooled, line, products, sums, thread](int image) {
                 if (source < 2) normalize_input(source, image);
@@ -157,7 +134,7 @@ template <int V> class Forward : public Engine<V> {
                         if (u.o->kind == MAXIMUM || u.o->kind == AVERAGE)
                             pool(*u.o, source, map, around, image, thread, pooled);
                         if (u.o->kind != CONVOLUTION && !(u.o->kind == SKIP && stride == 2)) continue;
-                        if (u.o->kind == CONVOLUTION && !filled) this->fill(tile, t, map, nullptr, nullptr), filled = true;
+                        if (u.o->kind == CONVOLUTION && !filled) fill_tile<V>(tile, t, l.blocks, map, {}), filled = true;
                         for (int row : l.leaving[source]) {
                             const Edge& e = l.edges[row];
                             if (!this->is_open(e, slice)) continue;
@@ -165,7 +142,7 @@ template <int V> class Forward : public Engine<V> {
                                 const auto& w = skip_weights[row - l.leaving[source].front()];
                                 dense(skip, w.data(), l.out_pixels, u.o->row[0] + row, image, thread, products,
                                       [&](int first, int count) {
-                                          this->gather_skip(skip, map, height, width, first, count, products.pixels);
+                                          skip.gather_map(map, {}, height, width, first, count, products.pixels);
                                       });
                                 continue;
                             }
@@ -241,8 +218,8 @@ template <int V> class Forward : public Engine<V> {
                     for (int row : l.leaving[source]) {
                         if (!this->is_open(l.edges[row], u.o->path)) continue;
                         const int before = u.o->row[0] + row;
-                        this->fill(tile, t, a.work + l.raw(before) + l.image(image, l.out_pixels), a.work + l.mean(before),
-                             a.work + l.inverse(before));
+                        fill_tile<V>(tile, t, l.blocks, a.work + l.raw(before) + l.image(image, l.out_pixels),
+                                     this->normalization(before));
                         specialized(u.o->kernel, u.o->dilation, 1, [&](auto k, auto d, auto) {
                             stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, thread, line, sums);
                         });

@@ -6,36 +6,10 @@
 
 namespace FPDARTS_ISA {
 
-// Sums of channels, gathered by each thread for itself.
-class Totals {
-   public:
-    Totals(int threads, int rows, int lanes)
-        : threads(threads), rows(rows), lanes(lanes), values(size_t(threads) * rows * lanes) {}
-    template <int V> INLINE void add(int thread, int row, int block, Vec<V> sum) {
-        double* to = &values[(size_t(thread) * rows + row) * lanes + block * V];
-        for (int k = 0; k < V; k++) to[k] += sum[k];
-    }
-    double of(int row, int lane) const {
-        double total = 0;
-        for (int t = 0; t < threads; t++) total += values[(size_t(t) * rows + row) * lanes + lane];
-        return total;
-    }
-    double over_lanes(int row) const {
-        double total = 0;
-        for (int k = 0; k < lanes; k++) total += of(row, k);
-        return total;
-    }
-
-   private:
-    int threads, rows, lanes;
-    std::vector<double> values;
-};
-
 template <int V> class Gradients : public Engine<V> {
    protected:
     using Base = Engine<V>;
     using Base::a, Base::l, Base::training, Base::threads;
-    using typename Base::Dense;
 
    public:
     explicit Gradients(const CellArguments& arguments)
@@ -45,15 +19,15 @@ template <int V> class Gradients : public Engine<V> {
           term_sums(threads, l.edges.size() * columns, l.lanes),
           pass_sums(threads, l.edges.size() * l.slices, l.lanes),
           between_sums(threads, 2 * l.rows, l.lanes),
-          gradients(threads) {
+          gradients(threads, 0) {
         int64_t at = 0;
         const auto reserve = [&](int64_t floats) { return at += floats, at - floats; };
         for (int i = 0; i < 2; i++) {
-            const Dense d = this->preprocess_dense(i);
+            const Dense<V> d = this->preprocess_dense(i);
             gradient_at.push_back(reserve(int64_t(d.rows) * d.columns));
             if (d.two) gradient_at.push_back(gradient_at.back());
         }
-        const Dense skip = this->skip_dense();
+        const Dense<V> skip = this->skip_dense();
         for (const Operation& o : l.operations) {
             for (int stage = 0; stage < o.stages; stage++) {
                 gradient_at.push_back(reserve(int64_t(l.edges.size()) * o.kernel * o.kernel * l.lanes));
@@ -62,8 +36,7 @@ template <int V> class Gradients : public Engine<V> {
             if (o.kind == SKIP && l.strided)
                 gradient_at.insert(gradient_at.end(), 2, reserve(int64_t(l.strided) * skip.rows * skip.columns));
         }
-        if (a.d_weights)
-            for (auto& own : gradients) own.resize(at);
+        if (a.d_weights) gradients = WeightSums(threads, at);
     }
 
     static int64_t scratch(const Layout<V>& l) {
@@ -78,8 +51,8 @@ template <int V> class Gradients : public Engine<V> {
     // Σ ds [node, slice]; Σ ds (raw - mean) [edge, operation]; Σ ds x of what passes as it is [edge, slice]; and of the
     // gradient dy between two stages, or of an input state, Σ dy [row] and Σ dy normalized [rows + row].
     Totals node_sums, term_sums, pass_sums, between_sums;
-    std::vector<std::vector<float>> gradients;  // [thread], padded like what they are gradients of
-    std::vector<int64_t> gradient_at;           // [weight]
+    WeightSums gradients;
+    std::vector<int64_t> gradient_at;  // [weight]
 
     // --- Where gradients of maps lie in the scratch memory ---
 
@@ -93,37 +66,25 @@ template <int V> class Gradients : public Engine<V> {
 
     // --- Gradients of normalizations ---
 
-    // d_raw = g factor + (raw - mean) slope + shift, each [lanes].
-    struct Factors {
-        std::vector<float> factor, slope, shift, mean;
-    };
-    // k: what the normalized value is multiplied by. sum, product: Σ g and Σ g normalized, of a lane.
-    template <class Sum, class Product>
-    Factors factors(int row, double k, double count, Sum&& sum, Product&& product) const {
-        Factors f;
-        for (int i = 0; i < l.lanes; i++) {
-            const double inverse = a.work[l.inverse(row) + i];
-            f.mean.push_back(a.work[l.mean(row) + i]);
-            f.factor.push_back(k * inverse);
-            f.slope.push_back(training ? -k * inverse * inverse * product(i) / count : 0);
-            f.shift.push_back(training ? -k * inverse * sum(i) / count : 0);
-        }
-        return f;
-    }
     double count(int pixels) const { return double(l.n) * pixels; }
 
+    // k: what the normalized value is multiplied by.
+    template <class Sum, class Product> Factors factors(int row, double k, int pixels, Sum&& sum, Product&& product) const {
+        return Factors::of(l.lanes, a.work + l.mean(row), a.work + l.inverse(row), training, count(pixels),
+                           [=](int) { return k; }, sum, product);
+    }
     // Of an operation's result on an edge.
     Factors result_factors(const Edge& e, int column) const {
         const Operation& o = l.operations[column];
         const int row = l.result_row(o, e);
         return factors(
-            row, this->scale_of(e, column), count(l.out_pixels),
+            row, this->scale_of(e, column), l.out_pixels,
             [&](int i) { return node_sums.of(e.node * l.slices + o.path, i); },
             [&](int i) { return term_sums.of(e.row * columns + column, i) * a.work[l.inverse(row) + i]; });
     }
     Factors between_factors(int row, int pixels) const {
         return factors(
-            row, 1, count(pixels), [&](int i) { return between_sums.of(row, i); },
+            row, 1, pixels, [&](int i) { return between_sums.of(row, i); },
             [&](int i) { return between_sums.of(l.rows + row, i); });
     }
     // Of an input, which was normalized in place.
@@ -132,27 +93,6 @@ template <int V> class Gradients : public Engine<V> {
         for (int i = 0; i < l.lanes; i++) f.slope[i] /= a.work[l.inverse(row) + i], f.mean[i] = 0;
         return f;
     }
-    // Pixels of one block: g and raw -> d_raw.
-    INLINE static void draw(const Factors& f, int block, const float* g, const float* raw, int count, float* out) {
-        const Spread<V> factor(load<V>(&f.factor[block * V])), slope(load<V>(&f.slope[block * V]));
-        const Spread<V> shift(load<V>(&f.shift[block * V])), mean(load<V>(&f.mean[block * V]));
-        over_pixels<V>(count, [=](int i, auto lanes) {
-            constexpr int L = lanes;
-            const Vec<L> centred = load<L>(raw + i * V) - mean.template as<L>();
-            store<L>(out + i * V, factor.template as<L>() * load<L>(g + i * V) +
-                                      (slope.template as<L>() * centred + shift.template as<L>()));
-        });
-    }
-
-    // The same, to pixels `step` apart.
-    INLINE static void draw_rows(const Factors& f, int block, const float* g, const float* raw, int count, float* out,
-                                 int step) {
-        const Vec<V> factor = load<V>(&f.factor[block * V]), slope = load<V>(&f.slope[block * V]);
-        const Vec<V> shift = load<V>(&f.shift[block * V]), mean = load<V>(&f.mean[block * V]);
-        for (int i = 0; i < count; i++)
-            store<V>(out + i * step, factor * load<V>(g + i * V) + (slope * (load<V>(raw + i * V) - mean) + shift));
-    }
-
     // --- Sums of a node's gradient ---
 
     struct Terms {  // of one slice
@@ -252,18 +192,12 @@ template <int V> class Gradients : public Engine<V> {
 
     // --- Results ---
 
-    // Threads' sums in a fixed order.
-    float gradient(int64_t at) const {
-        float total = 0;
-        for (const auto& own : gradients) total += own[at];
-        return total;
-    }
-
-    void write_weights() const {
+    void write_weights() {
+        gradients.gather();
         for (int i = 0; i < 2; i++) {
             const int weight = l.preprocess_weight[i];
             this->preprocess_dense(i).each([&](int64_t to, bool odd, int64_t at) {
-                a.d_weights[weight + odd][to] = gradient(gradient_at[weight] + at);
+                a.d_weights[weight + odd][to] = gradients[gradient_at[weight] + at];
             });
         }
         for (const Operation& o : l.operations) {
@@ -274,16 +208,16 @@ template <int V> class Gradients : public Engine<V> {
                     for (int64_t i = 0; i < rows; i++) {
                         const int64_t line = part ? i / l.c * l.lanes + i % l.c : i;
                         for (int k = 0; k < l.c; k++)
-                            a.d_weights[weight][i * l.c + k] = gradient(gradient_at[weight] + line * l.lanes + k);
+                            a.d_weights[weight][i * l.c + k] = gradients[gradient_at[weight] + line * l.lanes + k];
                     }
                 }
             if (o.kind != SKIP) continue;
-            const Dense skip = this->skip_dense();
+            const Dense<V> skip = this->skip_dense();
             for (int64_t row = 0; row < l.strided; row++)
                 skip.each([&](int64_t to, bool odd, int64_t at) {
                     const int64_t each = int64_t(l.c) * (odd ? l.c - l.c / 2 : l.c / 2);
                     a.d_weights[o.weight[odd]][row * each + to] =
-                        gradient(gradient_at[o.weight[0]] + row * skip.rows * skip.columns + at);
+                        gradients[gradient_at[o.weight[0]] + row * skip.rows * skip.columns + at];
                 });
         }
     }

@@ -19,9 +19,46 @@ struct Tile {
     long at(int y, int reach) const { return long(y + margin - reach) * pitch + margin - reach; }
 };
 
+// What is done to a map where it is read, (value - mean) scale + shift a channel; nothing by default.
+struct Normalization {
+    const float *mean = nullptr, *scale = nullptr, *shift = nullptr;  // [lanes]; no shift: 0
+
+    template <int V> struct Block {
+        Spread<V> mean, scale, shift;
+        template <int L> INLINE Vec<L> apply(Vec<L> v) const {
+            return (v - mean.template as<L>()) * scale.template as<L>() + shift.template as<L>();
+        }
+    };
+    template <int V> INLINE Block<V> block(int b) const {
+        const Vec<V> zero{};
+        return {Spread<V>(mean ? load<V>(mean + b * V) : zero), Spread<V>(mean ? load<V>(scale + b * V) : zero + 1.0f),
+                Spread<V>(shift ? load<V>(shift + b * V) : zero)};
+    }
+    template <int V> INLINE Vec<V> apply(int b, Vec<V> v) const {
+        if (mean) v = (v - load<V>(mean + b * V)) * load<V>(scale + b * V);
+        return shift ? v + load<V>(shift + b * V) : v;
+    }
+};
+
 // One block of a map into a tile whose margin is filled already.
 template <int V> void copy_into(float* tile, const Tile& t, const float* map) {
     for (int y = 0; y < t.height; y++) std::copy_n(map + y * t.width * V, t.width * V, tile + t.at(y, 0) * V);
+}
+// The same of all blocks, normalized; and its ReLU.
+template <int V, bool RELU = true>
+void fill_tile(float* tile, const Tile& t, int blocks, const float* map, const Normalization& normalization) {
+    for (int b = 0; b < blocks; b++) {
+        const auto own = normalization.block<V>(b);
+        for (int y = 0; y < t.height; y++) {
+            float* to = tile + (int64_t(b) * t.pixels() + t.at(y, 0)) * V;
+            const float* from = map + (int64_t(b) * t.height + y) * t.width * V;
+            over_pixels<V>(t.width, [=](int x, auto lanes) {
+                constexpr int L = lanes;
+                const Vec<L> value = own.template apply<L>(load<L>(from + x * V));
+                store<L>(to + x * V, RELU ? relu<L>(value) : value);
+            });
+        }
+    }
 }
 
 // Scratch memory of a thread; its pages are touched once, not at every call.

@@ -130,10 +130,7 @@ void stage_backward(const StageBuffers& buffer, const Tile& t, const Tile& d, St
                               [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * d_block + x * V, v); });
         }
         if (needed)
-            for (int i = 0; i < blocks; i++)
-                for (int o = 0; o < blocks; o++)
-                    outer<V>(buffer.seen + i * block, V, buffer.drawn + o * block, V, rows * wide,
-                             d_pointwise + (i * V) * lanes + o * V, lanes);
+            outer<V>(buffer.seen, block, V, blocks, buffer.drawn, block, V, blocks, rows * wide, d_pointwise, lanes);
         const int ready = S == 2 ? 0 : first + rows == height ? height : std::max(done, first + rows - P);
         for (int b = 0; b < blocks; b++) {
             const float* d_tile = buffer.d_tile + int64_t(b) * d.pixels() * V;

@@ -1,0 +1,160 @@
+// What threads gather over images, each for itself, and what follows from it: statistics, gradients of normalizations.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cell.h"
+
+namespace FPDARTS_ISA {
+
+// f(thread, image) for all images; a thread's share is a run of them, so that sums have one order for one thread count.
+template <class F> void for_images(int images, int threads, F&& f) {
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = 0, all = 1;
+#ifdef _OPENMP
+        thread = omp_get_thread_num(), all = omp_get_num_threads();
+#endif
+        arena().reset();
+        auto work = f(thread);
+        const int64_t n = images;
+        for (int i = n * thread / all; i < n * (thread + 1) / all; i++) work(i);
+    }
+}
+
+// Mean and summed squared deviation of rows of channels, gathered by each thread for itself.
+class Moments {
+   public:
+    Moments(int threads, int rows, int lanes)
+        : threads(threads), rows(rows), lanes(lanes), counts(threads * rows), values(size_t(threads) * rows * 2 * lanes) {}
+
+    // One image's sums about `shift`, of a block of V channels. Merging (Chan et al., 1979) keeps the digits that the
+    // difference of large sums of squares would lose.
+    template <int V> void merge(int thread, int row, int block, Vec<V> shift, Vec<V> sum, Vec<V> squares, int count) {
+        const int cell = thread * rows + row;
+        double *mean = &values[size_t(cell) * 2 * lanes + block * V], *m2 = mean + lanes;
+        const double before = counts[cell] - (block ? count : 0), total = before + count;
+        if (block == 0) counts[cell] += count;
+        for (int l = 0; l < V; l++)
+            merge_one(mean[l], m2[l], before, shift[l] + double(sum[l]) / count,
+                      squares[l] - double(sum[l]) * sum[l] / count, count, total);
+    }
+
+    // Over all threads: take(lane, mean, summed squared deviation, count) gets each lane's.
+    template <class Take> void each(int row, Take&& take) const {
+        for (int l = 0; l < lanes; l++) {
+            double mean = 0, m2 = 0, count = 0;
+            for (int t = 0; t < threads; t++) {
+                const int cell = t * rows + row;
+                if (!counts[cell]) continue;
+                const double* own = &values[size_t(cell) * 2 * lanes];
+                merge_one(mean, m2, count, own[l], own[lanes + l], counts[cell], count + counts[cell]);
+                count += counts[cell];
+            }
+            take(l, mean, m2, count);
+        }
+    }
+
+   private:
+    static void merge_one(double& mean, double& m2, double before, double other, double other_m2, double count,
+                          double total) {
+        const double delta = other - mean;
+        mean += delta * count / total;
+        m2 += other_m2 + delta * delta * before * count / total;
+    }
+    int threads, rows, lanes;
+    std::vector<double> counts, values;
+};
+
+// Sums of channels, gathered by each thread for itself.
+class Totals {
+   public:
+    Totals(int threads, int rows, int lanes)
+        : threads(threads), rows(rows), lanes(lanes), values(size_t(threads) * rows * lanes) {}
+    template <int V> INLINE void add(int thread, int row, int block, Vec<V> sum) {
+        double* to = &values[(size_t(thread) * rows + row) * lanes + block * V];
+        for (int k = 0; k < V; k++) to[k] += sum[k];
+    }
+    double of(int row, int lane) const {
+        double total = 0;
+        for (int t = 0; t < threads; t++) total += values[(size_t(t) * rows + row) * lanes + lane];
+        return total;
+    }
+    double over_lanes(int row) const {
+        double total = 0;
+        for (int k = 0; k < lanes; k++) total += of(row, k);
+        return total;
+    }
+
+   private:
+    int threads, rows, lanes;
+    std::vector<double> values;
+};
+
+// Gradients of weights, padded like what they are gradients of. Empty unless they are needed.
+class WeightSums {
+   public:
+    WeightSums(int threads, int64_t floats) : own(threads, std::vector<float>(floats)) {}
+    explicit operator bool() const { return !own[0].empty(); }
+    float* of(int thread, int64_t at) { return *this ? own[thread].data() + at : nullptr; }
+    // Adds all threads' in a fixed order: the first one then has the sums.
+    void gather() {
+        constexpr int64_t PIECE = 4096;
+        const int64_t floats = own[0].size();
+        for_images(divide_up(floats, PIECE), own.size(), [&](int) {
+            return [&](int piece) {
+                const int64_t first = piece * PIECE, last = std::min(floats, first + PIECE);
+                for (size_t t = 1; t < own.size(); t++)
+                    for (int64_t i = first; i < last; i++) own[0][i] += own[t][i];
+            };
+        });
+    }
+    float operator[](int64_t at) const { return own[0][at]; }
+
+   private:
+    std::vector<std::vector<float>> own;
+};
+
+// The backward of a normalization: d_raw = g factor + (raw - mean) slope + shift, each [lanes].
+struct Factors {
+    std::vector<float> factor, slope, shift, mean;
+
+    // k(lane): what the normalized value is multiplied by. sum, product: Σ g and Σ g normalized, of a lane, over `count`
+    // values. The statistics of evaluation do not depend on the values.
+    template <class K, class Sum, class Product>
+    static Factors of(int lanes, const float* mean, const float* inverse, bool training, double count, K&& k, Sum&& sum,
+                      Product&& product) {
+        Factors f;
+        for (int i = 0; i < lanes; i++) {
+            const double scale = k(i) * double(inverse[i]);
+            f.mean.push_back(mean[i]);
+            f.factor.push_back(scale);
+            f.slope.push_back(training ? -scale * inverse[i] * product(i) / count : 0);
+            f.shift.push_back(training ? -scale * sum(i) / count : 0);
+        }
+        return f;
+    }
+
+    // Pixels of one block: g, times `scale`, and raw -> d_raw. draw_rows: to pixels `step` apart.
+    template <int V> INLINE void draw(int block, const float* g, const float* raw, int count, float* out, float scale = 1) const {
+        const Spread<V> by(scale * load<V>(&factor[block * V])), slopes(load<V>(&slope[block * V]));
+        const Spread<V> shifts(load<V>(&shift[block * V])), means(load<V>(&mean[block * V]));
+        over_pixels<V>(count, [=](int i, auto lanes) {
+            constexpr int L = lanes;
+            const Vec<L> centred = load<L>(raw + i * V) - means.template as<L>();
+            store<L>(out + i * V, by.template as<L>() * load<L>(g + i * V) +
+                                      (slopes.template as<L>() * centred + shifts.template as<L>()));
+        });
+    }
+    template <int V>
+    INLINE void draw_rows(int block, const float* g, const float* raw, int count, float* out, int step, float scale = 1) const {
+        const Vec<V> by = scale * load<V>(&factor[block * V]), slopes = load<V>(&slope[block * V]);
+        const Vec<V> shifts = load<V>(&shift[block * V]), means = load<V>(&mean[block * V]);
+        for (int i = 0; i < count; i++)
+            store<V>(out + i * step, by * load<V>(g + i * V) + (slopes * (load<V>(raw + i * V) - means) + shifts));
+    }
+};
+
+}  // namespace FPDARTS_ISA
