@@ -227,6 +227,10 @@ class DerivedCellSpec:
     """Shape of every weight by name, those of convolutions as torch.nn.Conv2d has them."""
     normalizations: dict[str, int] = field(init=False, repr=False, compare=False)
     """Row of each normalization, by name, in the cell's table of statistics, (rows, C)."""
+    live: frozenset[int] = field(init=False, repr=False, compare=False)
+    """States that the cell's output depends on."""
+    unread: frozenset[str] = field(init=False, repr=False, compare=False)
+    """Weights that it does not depend on: they have no gradient."""
 
     def __post_init__(self):
         for i, (name, source) in enumerate(self.edges):
@@ -236,10 +240,21 @@ class DerivedCellSpec:
         object.__setattr__(self, "parameters", self._parameters())
         names = [name.removesuffix(".bias") for name in self.parameters if name.endswith(".bias")]
         object.__setattr__(self, "normalizations", {name: row for row, name in enumerate(names)})
+        live = set(self.concat)
+        for edge, (_, source) in reversed(list(enumerate(self.edges))):
+            if self.node(edge) + 2 in live:
+                live.add(source)
+        object.__setattr__(self, "live", frozenset(live))
+        dead = [f"preprocess{i}." for i in range(2) if i not in live]
+        dead += [f"operations.{edge}." for edge in range(len(self.edges)) if self.node(edge) + 2 not in live]
+        object.__setattr__(self, "unread", frozenset(n for n in self.parameters if n.startswith(tuple(dead))))
 
     @property
     def nodes(self) -> int:
         return len(self.edges) // 2
+
+    def node(self, edge: int) -> int:
+        return edge // 2
 
     def stride(self, edge: int) -> int:
         return 2 if self.reduction and self.edges[edge][1] < 2 else 1

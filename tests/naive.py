@@ -31,13 +31,14 @@ def separable(c, kernel_size, stride, dilation):
 class FactorizedReduction(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.even = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
-        self.odd = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
+        # strides are taken before: see _even_and_odd in kernels/reference.py
+        self.even = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
+        self.odd = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
         self.norm = normalization(c_out)
 
     def forward(self, x):
         x = F.relu(x)
-        return self.norm(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], 1))
+        return self.norm(torch.cat([self.even(x[:, :, ::2, ::2]), self.odd(x[:, :, 1::2, 1::2])], 1))
 
 
 class Zero(nn.Module):

@@ -6,18 +6,21 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t FPDARTS_ABI = 1;
+constexpr int64_t FPDARTS_ABI = 2;
 
-// Geometry of a cell, as 64-bit integers: the fields of Shape in cell.h in their order, then five numbers an operation.
+// A cell of the search, or of a derived network, which reads path_scales in place of alpha, beta and gates. Geometry, as
+// 64-bit integers: the fields of Shape in cell.h in their order, then five numbers an operation; or those of
+// DerivedShape in derived.h, then six an edge, then the states that are concatenated.
 struct CellArguments {
     const int64_t* geometry;
     int64_t threads;
     // All floats are 32 bit. Maps of inputs, output and their gradients are (N, H, W, C) in memory.
     const float* x[2];
-    const float* const* weights;  // packed, in the order of CellSpec.parameters
+    const float* const* weights;  // in the order of the spec's parameters
     const float* alpha;           // activated, (edges, operations)
     const float* beta;            // activated, (edges,)
     const float* gates;           // (edges, paths)
+    const float* path_scales;     // (edges, images), or null for 1
     const float* given_mean;      // (rows, c) to normalize by, or null for the batch's own
     const float* given_variance;
     float* work;  // fpdarts_cell_workspace floats, written by forward and read by backward

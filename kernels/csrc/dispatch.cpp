@@ -4,29 +4,40 @@
 
 #include "abi.h"
 
-#define DECLARE(isa)                                     \
-    namespace isa {                                      \
-    int64_t cell_workspace(const CellArguments&);        \
-    int64_t cell_scratch(const CellArguments&);          \
-    void cell_forward(const CellArguments&);             \
-    void cell_backward(const CellArguments&);            \
-    void part(const PartArguments&);                     \
+#define DECLARE(isa)                                  \
+    namespace isa {                                   \
+    int64_t cell_workspace(const CellArguments&);     \
+    int64_t cell_scratch(const CellArguments&);       \
+    void cell_forward(const CellArguments&);          \
+    void cell_backward(const CellArguments&);         \
+    int64_t derived_workspace(const CellArguments&);  \
+    int64_t derived_scratch(const CellArguments&);    \
+    void derived_forward(const CellArguments&);       \
+    void derived_backward(const CellArguments&);      \
+    void part(const PartArguments&);                  \
     }
 DECLARE(avx2)
 DECLARE(avx512)
 
 namespace {
 
-struct Kernels {
-    const char* name;
+struct CellKernels {
     int64_t (*workspace)(const CellArguments&);
     int64_t (*scratch)(const CellArguments&);
     void (*forward)(const CellArguments&);
     void (*backward)(const CellArguments&);
+};
+struct Kernels {
+    const char* name;
+    CellKernels cell, derived;
     void (*part)(const PartArguments&);
 };
 
-#define KERNELS(isa) {#isa, isa::cell_workspace, isa::cell_scratch, isa::cell_forward, isa::cell_backward, isa::part}
+#define KERNELS(isa)                                                                                   \
+    {#isa,                                                                                             \
+     {isa::cell_workspace, isa::cell_scratch, isa::cell_forward, isa::cell_backward},                  \
+     {isa::derived_workspace, isa::derived_scratch, isa::derived_forward, isa::derived_backward},      \
+     isa::part}
 
 const Kernels* choose() {
     static const Kernels wide = KERNELS(avx512), narrow = KERNELS(avx2);
@@ -45,8 +56,12 @@ const Kernels* const kernels = choose();
 
 EXPORT int64_t fpdarts_abi() { return FPDARTS_ABI; }
 EXPORT const char* fpdarts_isa() { return kernels ? kernels->name : ""; }  // empty: no kernels for this processor
-EXPORT int64_t fpdarts_cell_workspace(const CellArguments* a) { return kernels->workspace(*a); }
-EXPORT int64_t fpdarts_cell_scratch(const CellArguments* a) { return kernels->scratch(*a); }
-EXPORT void fpdarts_cell_forward(const CellArguments* a) { kernels->forward(*a); }
+EXPORT int64_t fpdarts_cell_workspace(const CellArguments* a) { return kernels->cell.workspace(*a); }
+EXPORT int64_t fpdarts_cell_scratch(const CellArguments* a) { return kernels->cell.scratch(*a); }
+EXPORT void fpdarts_cell_forward(const CellArguments* a) { kernels->cell.forward(*a); }
+EXPORT void fpdarts_cell_backward(const CellArguments* a) { kernels->cell.backward(*a); }
+EXPORT int64_t fpdarts_derived_workspace(const CellArguments* a) { return kernels->derived.workspace(*a); }
+EXPORT int64_t fpdarts_derived_scratch(const CellArguments* a) { return kernels->derived.scratch(*a); }
+EXPORT void fpdarts_derived_forward(const CellArguments* a) { kernels->derived.forward(*a); }
+EXPORT void fpdarts_derived_backward(const CellArguments* a) { kernels->derived.backward(*a); }
 EXPORT void fpdarts_part(const PartArguments* a) { kernels->part(*a); }
-EXPORT void fpdarts_cell_backward(const CellArguments* a) { kernels->backward(*a); }

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 NAME = "libfpdarts_kernels.so"
 _PROCESS = os.getpid()  # where OpenMP's threads live
 
@@ -25,11 +25,21 @@ class CellArguments(ctypes.Structure):
         ("threads", _integer),
         ("x", _pointer * 2),
         ("weights", _pointer),
-        *((name, _pointer) for name in ("alpha", "beta", "gates", "given_mean", "given_variance", "work")),
-        *((name, _pointer) for name in ("out", "mean", "variance", "updated", "d_out", "scratch")),
+        *((name, _pointer) for name in ("alpha", "beta", "gates", "path_scales", "given_mean", "given_variance")),
+        *((name, _pointer) for name in ("work", "out", "mean", "variance", "updated", "d_out", "scratch")),
         ("d_x", _pointer * 2),
         *((name, _pointer) for name in ("d_weights", "d_alpha", "d_beta")),
     ]
+
+
+def cell_arguments(geometry: list[int], inputs, weights, **tensors: Tensor | None) -> CellArguments:
+    """Of tensors, by field. What it points to must live as long, and so is kept with it."""
+    arguments = CellArguments(threads=threads(), x=pointers(inputs))
+    arguments.keep = (ctypes.c_int64 * len(geometry))(*geometry), pointers(weights), tensors
+    arguments.geometry, arguments.weights = map(ctypes.addressof, arguments.keep[:2])
+    for name, tensor in tensors.items():
+        setattr(arguments, name, address(tensor))
+    return arguments
 
 
 class PartArguments(ctypes.Structure):
@@ -65,10 +75,10 @@ def library() -> ctypes.CDLL:
     lib.fpdarts_isa.restype = ctypes.c_char_p
     if not lib.fpdarts_isa():
         raise LibraryError("this processor has no AVX2; use --kernels reference")
-    for name in ("workspace", "scratch"):
-        getattr(lib, f"fpdarts_cell_{name}").restype = _integer
-    for name in ("workspace", "scratch", "forward", "backward"):
-        getattr(lib, f"fpdarts_cell_{name}").argtypes = [ctypes.POINTER(CellArguments)]
+    for kind in ("cell", "derived"):
+        for name, result in (("workspace", _integer), ("scratch", _integer), ("forward", None), ("backward", None)):
+            function = getattr(lib, f"fpdarts_{kind}_{name}")
+            function.argtypes, function.restype = [ctypes.POINTER(CellArguments)], result
     lib.fpdarts_part.argtypes = [ctypes.POINTER(PartArguments)]
     lib.fpdarts_allocate.argtypes, lib.fpdarts_allocate.restype = [_integer], _pointer
     lib.fpdarts_release.argtypes, lib.fpdarts_release.restype = [_pointer], None
@@ -86,6 +96,21 @@ def float32_only(x: Tensor):
         raise ValueError(f"native kernels compute in float32, not {x.dtype}; use --kernels reference")
     if torch.is_autocast_enabled("cpu"):
         raise ValueError("native kernels compute in float32; use --amp off, or --kernels reference")
+
+
+def at_least_two_values(n: int, height: int, width: int):
+    """Raises ValueError for a batch that has no statistics."""
+    if n * height * width < 2:
+        raise ValueError(
+            f"{n} images of {height}x{width} pixels: statistics of a batch need at least two values a channel"
+        )
+
+
+def float32_weights(tensors: dict[str, Tensor]):
+    """Raises ValueError."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -10,10 +10,26 @@ from torch import Tensor
 
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
-from .library import CellArguments, address, channels_last, float32_only, gradient, library, memory, pointers, threads
+from .library import (
+    at_least_two_values,
+    cell_arguments,
+    channels_last,
+    float32_only,
+    float32_weights,
+    gradient,
+    library,
+    memory,
+    pointers,
+)
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
 _CONVOLUTION = 4
+
+
+def of_operation(name: str) -> list[int]:
+    """Its kind, kernel size, dilation and stages, as geometries tell them."""
+    operation = OPERATIONS[name]
+    return [_KINDS.get(name, _CONVOLUTION), operation.kernel_size, operation.dilation, operation.stages]
 
 
 def _geometry(spec: CellSpec, n: int, size: tuple[int, int]) -> list[int]:
@@ -21,9 +37,7 @@ def _geometry(spec: CellSpec, n: int, size: tuple[int, int]) -> list[int]:
     fields = [n, *size, spec.channels, spec.partial, spec.nodes, spec.reduction, spec.factorized_input]
     fields += [*spec.input_channels, len(spec.operations)]
     for name, path in zip(spec.operations, spec.path_of_operation):
-        operation = OPERATIONS[name]
-        kind = _KINDS.get(name, _CONVOLUTION)
-        fields += [kind, operation.kernel_size, operation.dilation, operation.stages, path]
+        fields += [*of_operation(name), path]
     return [int(field) for field in fields]
 
 
@@ -31,17 +45,6 @@ def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
     n, height, width, channels, _, nodes, reduction = geometry[:7]
     stride = 2 if reduction else 1
     return n, nodes * channels, height // stride, width // stride
-
-
-def _arguments(geometry, inputs, weights, alpha, beta, gates, statistics, **more):
-    """CellArguments; what they point to must live as long as they do, so it is kept with them."""
-    keep = (ctypes.c_int64 * len(geometry))(*geometry), pointers(inputs), pointers(weights)
-    arguments = CellArguments(
-        ctypes.addressof(keep[0]), threads(), keep[1], ctypes.addressof(keep[2]), address(alpha), address(beta),
-        address(gates), *(address(table) for table in statistics), **more,
-    )  # fmt: skip
-    arguments.keep = keep
-    return arguments
 
 
 @torch.library.custom_op("fpdarts::cell", mutates_args=(), device_types="cpu")
@@ -63,10 +66,12 @@ def _cell(
     weights = [weight.contiguous() for weight in weights]
     out = torch.empty(_out_shape(geometry), memory_format=torch.channels_last)
     batch = [torch.zeros(rows), torch.zeros(rows), torch.zeros(rows[0], 1)]
-    arguments = _arguments(geometry, inputs, weights, alpha, beta, gates, (mean, variance))
+    arguments = cell_arguments(
+        geometry, inputs, weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean, given_variance=variance,
+        out=out, mean=batch[0], variance=batch[1], updated=batch[2],
+    )  # fmt: skip
     work = memory(lib.fpdarts_cell_workspace(arguments))
-    arguments.work, arguments.out = work.data_ptr(), out.data_ptr()
-    arguments.mean, arguments.variance, arguments.updated = (table.data_ptr() for table in batch)
+    arguments.work = work.data_ptr()
     lib.fpdarts_cell_forward(arguments)
     return out, *batch, work
 
@@ -104,9 +109,12 @@ def _cell_backward(
     d_x = [gradient(x, wanted) for x, wanted in zip(inputs, need)]
     d_mix = [gradient(tensor, need[2]) for tensor in (alpha, beta)]
     d_weights = [gradient(weight, need[3]) for weight in weights]
-    arguments = _arguments(geometry, inputs, weights, alpha, beta, gates, (mean, variance), work=work.data_ptr())
+    arguments = cell_arguments(
+        geometry, inputs, weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean, given_variance=variance,
+        work=work, d_out=d_out,
+    )  # fmt: skip
     scratch = memory(lib.fpdarts_cell_scratch(arguments))
-    arguments.d_out, arguments.scratch = d_out.data_ptr(), scratch.data_ptr()
+    arguments.scratch = scratch.data_ptr()
     arguments.d_x = pointers([d if wanted else None for d, wanted in zip(d_x, need)])
     if need[2]:
         arguments.d_alpha, arguments.d_beta = (d.data_ptr() for d in d_mix)
@@ -151,16 +159,11 @@ _cell.register_autograd(_backward, setup_context=_setup_context)
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
     for x in inputs:
         float32_only(x)
-    tensors = {**weights, "operation_weights": operation_weights, "edge_weights": edge_weights}
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(f"{name} must be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
+    float32_weights({**weights, "operation_weights": operation_weights, "edge_weights": edge_weights})
     geometry = _geometry(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]))
     n, _, height, width = _out_shape(geometry)
-    if statistics is None and n * height * width < 2:
-        raise ValueError(
-            f"{n} images of {height}x{width} pixels: statistics of a batch need at least two values a channel"
-        )
+    if statistics is None:
+        at_least_two_values(n, height, width)
     mean, variance = (None, None) if statistics is None else (table.float().contiguous() for table in statistics)
     out, *batch, _ = _cell(
         geometry, [spec.statistics_rows, spec.slice_channels], *inputs, [weights[name] for name in spec.parameters],

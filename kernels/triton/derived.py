@@ -45,13 +45,15 @@ class _DerivedCell(torch.autograd.Function):
         for level in reversed(range(len(p.levels))):
             gradients.level(level)
         gradients.states()
-        d_inputs = [gradients.preprocess(i, x) if need_x[i] and i in p.live else None for i, x in enumerate(inputs)]
+        d_inputs = [
+            gradients.preprocess(i, x) if need_x[i] and i in p.spec.live else None for i, x in enumerate(inputs)
+        ]
         d_weights = [None] * len(need)
         if any(need):
             gradients.weights(inputs)
-            missing = p.missing()
+            unread = p.spec.unread
             for i, (name, shape) in enumerate(p.spec.parameters.items()):
-                if need[i] and name not in missing:
+                if need[i] and name not in unread:
                     d_weights[i] = gradients.flat[p.at[name] : p.at[name] + math.prod(shape)].view(shape)
         return None, None, None, *d_inputs, *d_weights
 

@@ -91,7 +91,9 @@ class Gradients:
 
     def level(self, level: int):
         p, work = self.p, self.work
-        states = tuple(node + 2 for node in p.levels[level] if node + 2 in p.live and p.d_states[node + 2] != NOWHERE)
+        states = tuple(
+            node + 2 for node in p.levels[level] if node + 2 in p.spec.live and p.d_states[node + 2] != NOWHERE
+        )
         self.source(("nodes", level), lambda: p.state_jobs(states), 1, p.outer, False)
         self.reduce(level)
         stages = p.of_level(p.convolutions, level, True)
@@ -114,7 +116,7 @@ class Gradients:
     def states(self):
         """Of both input states."""
         p = self.p
-        states = tuple(state for state in (0, 1) if state in p.live)
+        states = tuple(state for state in (0, 1) if state in p.spec.live)
         self.source("states", lambda: p.state_jobs(states), p.stride, p.inner, True)
 
     def preprocess(self, i: int, x):
@@ -141,7 +143,7 @@ class Gradients:
             start, size, parts, _ = places[-1]
             end = start + size * parts
 
-        live = [v for v in p.convolutions if v.edge // 2 + 2 in p.live]
+        live = [v for v in p.convolutions if v.edge // 2 + 2 in p.spec.live]
         for stride in (1, 2):
             found = [v for v in live if v.stride == stride]
             if found:
@@ -149,12 +151,12 @@ class Gradients:
         rows = [[*p.arriving(v), v.raw, v.row, v.hidden, NOWHERE, 0, v.pointwise, p.c] for v in live]
         if rows:
             add(self.pointwise_weights, "stages", rows, work.space, p.c, 1, p.outer, False)
-        halves = [(v, half) for v in p.reductions if v.edge // 2 + 2 in p.live for half in (0, 1)]
+        halves = [(v, half) for v in p.reductions if v.edge // 2 + 2 in p.spec.live for half in (0, 1)]
         rows = [self._half(v, half, p.arriving(v)) for v, half in halves]
         if rows:
             add(self.pointwise_weights, "halves", rows, work.space, p.c, 2, p.inner, True)
         for i, x in enumerate(inputs):
-            if i in p.live:
+            if i in p.spec.live:
                 reduction, arriving, (raw, row) = p.preprocess(i), [1, p.d_states[i], NOWHERE], p.states[i]
                 if reduction:
                     rows = [self._half(reduction, half, arriving) for half in (0, 1)]

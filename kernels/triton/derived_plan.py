@@ -85,7 +85,6 @@ class DerivedPlan:
         self.convolutions, self.reductions, self.index = [], [], {}
         for edge, (name, source) in enumerate(spec.edges):
             self._add_edge(edge, OPERATIONS[name], source)
-        self.live = self._find_live()
         levels = [0, 0]
         for node in range(spec.nodes):
             levels.append(1 + max(levels[source] for _, source in spec.edges[2 * node : 2 * node + 2]))
@@ -119,14 +118,6 @@ class DerivedPlan:
             self.convolutions.append(convolution)
             x = convolution.raw, row
 
-    def _find_live(self) -> set[int]:
-        """States from which the cell's output can be reached."""
-        live = set(self.spec.concat)
-        for node in reversed(range(self.spec.nodes)):
-            if node + 2 in live:
-                live |= {source for _, source in self.spec.edges[2 * node : 2 * node + 2]}
-        return live
-
     def preprocess(self, i: int) -> Factorized | None:
         """Of an input that is factorized."""
         name = f"preprocess{i}"
@@ -135,12 +126,6 @@ class DerivedPlan:
         halves = self.at[f"{name}.even.weight"], self.at[f"{name}.odd.weight"]
         raw, row = self.states[i]
         return Factorized(NOWHERE, NOWHERE, (0, NOWHERE), halves, row, raw, 0)
-
-    def missing(self) -> set[str]:
-        """Weights that the cell's output does not depend on."""
-        dead = {f"preprocess{i}." for i in range(2) if i not in self.live}
-        dead |= {f"operations.{e}." for e in range(len(self.spec.edges)) if e // 2 + 2 not in self.live}
-        return {name for name in self.spec.parameters if name.startswith(tuple(dead))} if dead else set()
 
     # --- Tables ---
 
@@ -158,7 +143,7 @@ class DerivedPlan:
         return self._tables[key]
 
     def of_level(self, found: list, level: int, live=False) -> list:
-        nodes = [node for node in self.levels[level] if not live or node + 2 in self.live]
+        nodes = [node for node in self.levels[level] if not live or node + 2 in self.spec.live]
         return [item for item in found if item.edge // 2 in nodes]
 
     def gradient_at(self, edge: int) -> list[int]:
@@ -217,14 +202,14 @@ class DerivedPlan:
     def passing_back(self) -> dict[int, tuple[list[list[int]], list[list[int]]]]:
         """Of every live state that has a gradient of its own: (convolutions, all else that passes back to it)."""
         found = {}
-        for state in self.live:
+        for state in self.spec.live:
             if self.d_states[state] == NOWHERE:
                 continue
             segments, others = [], []
             if state in self.spec.concat:
                 others.append([MAP, 0, self.spec.concat.index(state) * self.c, NOWHERE, 0])
             for edge, (name, source) in enumerate(self.spec.edges):
-                if source == state and edge // 2 + 2 in self.live:
+                if source == state and edge // 2 + 2 in self.spec.live:
                     if self.spec.is_identity(edge):
                         others.append([MAP, *self.gradient_at(edge), NOWHERE, 0])
                     elif name == "max_pool_3x3":

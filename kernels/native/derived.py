@@ -1,0 +1,154 @@
+"""A cell of a derived network as a PyTorch operator, as operators.py does it for a cell of the search."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import Statistics
+from ..spec import DerivedCellSpec
+from .library import (
+    at_least_two_values,
+    cell_arguments,
+    channels_last,
+    float32_only,
+    float32_weights,
+    gradient,
+    library,
+    memory,
+    pointers,
+)
+from .operators import of_operation
+
+
+def _geometry(spec: DerivedCellSpec, n: int, size: tuple[int, int]) -> list[int]:
+    """DerivedShape in derived.h, the edges, the states of the output; ``size`` of input 1."""
+    fields = [n, *size, spec.channels, spec.reduction, spec.factorized_input, *spec.input_channels]
+    fields += [len(spec.edges), len(spec.concat)]
+    for edge, (name, source) in enumerate(spec.edges):
+        fields += [*of_operation(name), source, spec.node(edge) + 2 in spec.live]
+    return [int(field) for field in (*fields, *spec.concat)]
+
+
+def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
+    n, height, width, channels, reduction = geometry[:5]
+    stride = 2 if reduction else 1
+    return n, geometry[9] * channels, height // stride, width // stride
+
+
+@torch.library.custom_op("fpdarts::derived_cell", mutates_args=(), device_types="cpu")
+def _derived_cell(
+    geometry: list[int],
+    rows: list[int],
+    unread: list[bool],
+    x0: Tensor,
+    x1: Tensor,
+    weights: list[Tensor],
+    path_scales: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, batch mean, batch variance, work). rows: (normalizations, C). unread: whether the output does not depend
+    on an input, on a weight."""
+    lib = library()
+    inputs = [channels_last(x) for x in (x0, x1)]
+    weights = [weight.contiguous() for weight in weights]
+    out = torch.empty(_out_shape(geometry), memory_format=torch.channels_last)
+    batch = [torch.zeros(rows), torch.zeros(rows)]
+    arguments = cell_arguments(
+        geometry, inputs, weights, path_scales=path_scales, given_mean=mean, given_variance=variance, out=out,
+        mean=batch[0], variance=batch[1],
+    )  # fmt: skip
+    work = memory(lib.fpdarts_derived_workspace(arguments))
+    arguments.work = work.data_ptr()
+    lib.fpdarts_derived_forward(arguments)
+    return out, *batch, work
+
+
+@_derived_cell.register_fake
+def _(geometry, rows, unread, x0, x1, weights, path_scales, mean, variance):
+    out = x0.new_empty(_out_shape(geometry)).contiguous(memory_format=torch.channels_last)
+    size = torch.library.get_ctx().new_dynamic_size()  # depends on the processor's vectors
+    return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(size)
+
+
+@torch.library.custom_op("fpdarts::derived_cell_backward", mutates_args=(), device_types="cpu")
+def _derived_cell_backward(
+    geometry: list[int],
+    need: list[bool],
+    d_out: Tensor,
+    x0: Tensor,
+    x1: Tensor,
+    weights: list[Tensor],
+    path_scales: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    work: Tensor,
+) -> list[Tensor]:
+    """Gradients of x0, x1 and of each weight; empty where not needed. need: of x0, of x1, of each weight."""
+    lib = library()
+    inputs = [channels_last(x) for x in (x0, x1)]
+    weights = [weight.contiguous() for weight in weights]
+    d_out = channels_last(d_out)
+    gradients = [gradient(tensor, needed) for tensor, needed in zip((*inputs, *weights), need)]
+    arguments = cell_arguments(
+        geometry, inputs, weights, path_scales=path_scales, given_mean=mean, given_variance=variance, work=work,
+        d_out=d_out,
+    )  # fmt: skip
+    scratch = memory(lib.fpdarts_derived_scratch(arguments))
+    arguments.scratch = scratch.data_ptr()
+    arguments.d_x = pointers([d if needed else None for d, needed in zip(gradients[:2], need)])
+    if any(need[2:]):
+        addresses = pointers(gradients[2:])
+        arguments.d_weights = ctypes.addressof(addresses)
+    lib.fpdarts_derived_backward(arguments)
+    return gradients
+
+
+@_derived_cell_backward.register_fake
+def _(geometry, need, d_out, x0, x1, weights, path_scales, mean, variance, work):
+    return [gradient(tensor, needed) for tensor, needed in zip((x0, x1, *weights), need)]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.geometry, _, ctx.unread, x0, x1, weights, *others = inputs
+    ctx.save_for_backward(x0, x1, *others, output[-1], *weights)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_out, *_):
+    x0, x1, path_scales, mean, variance, work, *weights = ctx.saved_tensors
+    _, _, _, *need_x, need_weights, _, _, _ = ctx.needs_input_grad
+    # of the weights all that the output depends on, if any
+    need = need_x + [any(need_weights)] * len(weights)
+    need = [needed and not unread for needed, unread in zip(need, ctx.unread)]
+    d_x0, d_x1, *d_weights = _derived_cell_backward(
+        ctx.geometry, need, d_out, x0, x1, weights, path_scales, mean, variance, work
+    )
+    d_x0, d_x1 = (d if needed else None for d, needed in zip((d_x0, d_x1), need))
+    told = [asked and needed for asked, needed in zip(need_weights, need[2:])]
+    d_weights = [d if wanted else None for d, wanted in zip(d_weights, told)]
+    return None, None, None, d_x0, d_x1, d_weights, None, None, None
+
+
+_derived_cell.register_autograd(_backward, setup_context=_setup_context)
+
+
+def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):
+    for x in inputs:
+        float32_only(x)
+    float32_weights(dict(weights))
+    geometry = _geometry(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]))
+    if statistics is None:
+        n, _, height, width = _out_shape(geometry)
+        at_least_two_values(n, height, width)
+    mean, variance = (None, None) if statistics is None else (table.float().contiguous() for table in statistics)
+    if path_scales is not None:
+        path_scales = path_scales.detach().float().reshape(len(spec.edges), -1).contiguous()
+    out, *batch, _ = _derived_cell(
+        geometry, [len(spec.normalizations), spec.channels],
+        [*(i not in spec.live for i in range(2)), *(name in spec.unread for name in spec.parameters)], *inputs,
+        [weights[name] for name in spec.parameters], path_scales, mean, variance,
+    )  # fmt: skip
+    return out, Statistics(*batch) if statistics is None else None
