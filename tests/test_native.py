@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fpdarts.kernels.spec import OPERATIONS, CellSpec
+from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 
-from fpdarts import GateSampler, SuperNet, kernels
+from fpdarts import DerivedNetwork, GateSampler, SuperNet, kernels
+from fpdarts.genotype import find
 from fpdarts.space import DEFAULT_SUBSETS
 
 if reason := kernels.available()["native"]:
     pytest.skip(f"no native kernels: {reason}", allow_module_level=True)
 
-from fpdarts.kernels.native import library, operators, parts  # noqa: E402  loads the library
+from fpdarts.kernels.native import derived, library, operators, parts  # noqa: E402  loads the library
 
 ALL = (tuple(name for subset in DEFAULT_SUBSETS for name in subset),)
 
@@ -101,6 +102,7 @@ def test_operators_are_what_pytorch_asks_of_one():
     terms = [torch.randn(2, 4, 6, 6, requires_grad=True) for _ in range(3)]
     for operator, given in (
         (operators._cell, cell),
+        (derived._derived_cell, derived_arguments()),
         (parts._stage, (x, depthwise, pointwise, 2, 1)),
         (parts._pooling, (x, 1, 1)),
         (parts._node, (terms, torch.rand(3, requires_grad=True), [0, 1, 1], 2)),
@@ -108,12 +110,44 @@ def test_operators_are_what_pytorch_asks_of_one():
         torch.library.opcheck(operator, given)
 
 
-def test_torch_compile_takes_a_supernet_whole():
-    model = SuperNet(3, 8, 3, nodes=2, kernels="native")
-    images, gates = torch.randn(2, 3, 8, 8), GateSampler(*model.gate_shape).sample()
+def derived_arguments(channels=8, n=2, **options):
+    """Of the operator."""
+    spec = DerivedCellSpec(channels, (12, 16), (("sep_conv_3x3", 1), ("max_pool_3x3", 0)), (2,), **options)
+    inputs = [torch.randn(n, c, 6, 6, requires_grad=True) for c in spec.input_channels]
+    weights = [torch.randn(shape, requires_grad=True) for shape in spec.parameters.values()]
+    unread = [False] * (2 + len(weights))
+    rows = [len(spec.normalizations), channels]
+    return derived._geometry(spec, n, (6, 6)), rows, unread, *inputs, weights, torch.rand(2, n), None, None
+
+
+@pytest.mark.parametrize("channels", [12, 16, 40])
+def test_a_derived_cell_does_not_depend_on_the_number_of_threads_but_for_rounding(channels):
+    given, before, runs = derived_arguments(channels, 5, reduction=True), torch.get_num_threads(), []
+    leaves = [*given[3:5], *given[5]]
+    try:
+        for threads in (1, 2, 7):  # of which two have no image
+            torch.set_num_threads(threads)
+            out = derived._derived_cell(*given)[0]
+            direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+            runs.append([out.detach(), *torch.autograd.grad(out, leaves, direction)])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        torch.testing.assert_close(run, runs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", ["supernet", "derived"])
+def test_torch_compile_takes_a_network_whole(network):
+    images = torch.randn(2, 3, 8, 8)
+    if network == "supernet":
+        model = SuperNet(3, 8, 3, nodes=2, kernels="native")
+        more = (GateSampler(*model.gate_shape).sample(),)
+    else:
+        model = DerivedNetwork(find("PC_DARTS_cifar"), 3, 4, 3, auxiliary=False, kernels="native")
+        more = ()
     plain = deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(images, gates), plain(images, gates)
+    out, expected = compiled(images, *more), plain(images, *more)
     torch.testing.assert_close(out, expected)
     out.sum().backward()
     expected.sum().backward()
