@@ -6,7 +6,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t FPDARTS_ABI = 2;
+constexpr int64_t FPDARTS_ABI = 3;
 
 // A cell of the search, or of a derived network, which reads path_scales in place of alpha, beta and gates. Geometry, as
 // 64-bit integers: the fields of Shape in cell.h in their order, then five numbers an operation; or those of
@@ -42,6 +42,7 @@ struct CellArguments {
 struct PartArguments {
     int64_t part, backward;  // 0: stage, 1: pooling, 2: node
     int64_t threads, images, channels, height, width;
+    int64_t step;                                  // floats from pixel to pixel of x, of stage and pooling
     int64_t edges, own, kernel, dilation, stride;  // stage; own: x has a slice of c channels an edge
     int64_t kind;                                  // pooling: Kind in cell.h
     int64_t partial, count;                        // node: K, and terms in all

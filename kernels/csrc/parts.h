@@ -86,7 +86,7 @@ template <int V> class Parts {
             float *tile = arena().take(t.pixels() * V), *map = arena().take(blocks * pixels * V);
             float* out = arena().take(blocks * out_pixels * V);
             return [&, tile, map, out](int image) {
-                gather(a.x, c, 0, image, pixels, map);
+                gather(a.x, a.step, 0, image, pixels, map);
                 for (int b = 0; b < blocks; b++) pool(tile, t, map, b, out);
                 scatter(a.out, c, 0, image, out_pixels, out);
             };
@@ -100,7 +100,7 @@ template <int V> class Parts {
             float *map = arena().take(blocks * pixels * V), *d_out = arena().take(blocks * out_pixels * V);
             float* out = arena().take(blocks * out_pixels * V);
             return [&, tile, d_tile, map, d_out, out](int image) {
-                gather(a.x, c, 0, image, pixels, map);
+                gather(a.x, a.step, 0, image, pixels, map);
                 gather(a.d_out, c, 0, image, out_pixels, d_out);
                 for (int b = 0; b < blocks; b++) {
                     pool(tile, t, map, b, out);
@@ -180,7 +180,7 @@ template <int V> class Parts {
     Tile out_tile() const { return Tile(out_size[0], out_size[1], MARGIN, 1); }
 
     void fill(float* tile, const Tile& t, int image, int e) const {
-        const int wide = a.own ? edges * c : c, offset = a.own ? e * c : 0;
+        const int wide = a.step, offset = a.own ? e * c : 0;
         for (int b = 0; b < blocks; b++)
             for (int y = 0; y < size[0]; y++) {
                 const float* from = a.x + (int64_t(image) * pixels + y * size[1]) * wide + offset + b * V;

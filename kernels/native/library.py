@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 NAME = "libfpdarts_kernels.so"
 _PROCESS = os.getpid()  # where OpenMP's threads live
 
@@ -45,6 +45,7 @@ def cell_arguments(geometry: list[int], inputs, weights, **tensors: Tensor | Non
 class PartArguments(ctypes.Structure):
     _fields_ = [
         *((name, _integer) for name in ("part", "backward", "threads", "images", "channels", "height", "width")),
+        ("step", _integer),
         *((name, _integer) for name in ("edges", "own", "kernel", "dilation", "stride", "kind", "partial", "count")),
         *((name, _pointer) for name in ("x", "depthwise", "pointwise", "out", "d_out", "d_x", "d_depthwise")),
         *((name, _pointer) for name in ("d_pointwise", "slices", "terms", "coefficients", "d_terms")),
@@ -115,6 +116,15 @@ def float32_weights(tensors: dict[str, Tensor]):
 
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def channels_last_slice(x: Tensor) -> tuple[Tensor, int]:
+    """Channels last, or a slice of the channels of such a tensor as it is; and the floats from pixel to pixel."""
+    n, c, height, width = x.shape
+    step = x.stride(3)
+    if step >= c and x.stride() == (height * width * step, 1, width * step, step):
+        return x, step
+    return channels_last(x), c
 
 
 def gradient(tensor: Tensor, needed: bool) -> Tensor:

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import EPSILON
-from .library import PartArguments, address, channels_last, float32_only, gradient, library, pointers, threads
+from .library import (
+    PartArguments,
+    address,
+    channels_last,
+    channels_last_slice,
+    float32_only,
+    gradient,
+    library,
+    pointers,
+    threads,
+)
 
 _STAGE, _POOLING, _NODE = range(3)
 _POOLINGS = {"max_pool_3x3": 1, "avg_pool_3x3": 2}  # Kind in cell.h
@@ -37,23 +47,28 @@ def _run(part: int, like: Tensor, channels: int, backward: bool, **fields):
 def _new(like: Tensor, channels: int, stride: int) -> Tensor:
     n, _, height, width = like.shape
     shape = n, channels, -(-height // stride), -(-width // stride)
-    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _stage_fields(x, depthwise, pointwise, stride, dilation):
+def _like(x: Tensor, needed: bool = True) -> Tensor:
+    """To be written; empty where it is not needed."""
+    return _new(x, x.shape[1], 1) if needed else x.new_empty(0)
+
+
+def _stage_fields(x, step, depthwise, pointwise, stride, dilation):
     edges, kernel, _, c = depthwise.shape
     return {
-        "x": x, "depthwise": depthwise, "pointwise": pointwise, "edges": edges, "own": x.shape[1] != c,
+        "x": x, "step": step, "depthwise": depthwise, "pointwise": pointwise, "edges": edges, "own": x.shape[1] != c,
         "kernel": kernel, "dilation": dilation, "stride": stride,
     }  # fmt: skip
 
 
 @torch.library.custom_op("fpdarts::stage", mutates_args=(), device_types="cpu")
 def _stage(x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int) -> Tensor:
-    x, depthwise, pointwise = channels_last(x), depthwise.contiguous(), pointwise.contiguous()
+    (x, step), depthwise, pointwise = channels_last_slice(x), depthwise.contiguous(), pointwise.contiguous()
     edges, _, _, c = depthwise.shape
     out = _new(x, edges * c, stride)
-    _run(_STAGE, x, c, False, out=out, **_stage_fields(x, depthwise, pointwise, stride, dilation))
+    _run(_STAGE, x, c, False, out=out, **_stage_fields(x, step, depthwise, pointwise, stride, dilation))
     return out
 
 
@@ -67,20 +82,20 @@ def _stage_backward(
     d_out: Tensor, x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int, need: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """need: of x, of the weights."""
-    x, depthwise, pointwise = channels_last(x), depthwise.contiguous(), pointwise.contiguous()
+    (x, step), depthwise, pointwise = channels_last_slice(x), depthwise.contiguous(), pointwise.contiguous()
     d_out = channels_last(d_out)
-    d_x, d_depthwise, d_pointwise = gradient(x, need[0]), gradient(depthwise, need[1]), gradient(pointwise, need[1])
+    d_x, d_depthwise, d_pointwise = _like(x, need[0]), gradient(depthwise, need[1]), gradient(pointwise, need[1])
     _run(
         _STAGE, x, depthwise.shape[3], True, d_out=d_out, d_x=d_x if need[0] else None,
         d_depthwise=d_depthwise if need[1] else None, d_pointwise=d_pointwise if need[1] else None,
-        **_stage_fields(x, depthwise, pointwise, stride, dilation),
+        **_stage_fields(x, step, depthwise, pointwise, stride, dilation),
     )  # fmt: skip
     return d_x, d_depthwise, d_pointwise
 
 
 @_stage_backward.register_fake
 def _(d_out, x, depthwise, pointwise, stride, dilation, need):
-    return gradient(channels_last(x), need[0]), gradient(depthwise, need[1]), gradient(pointwise, need[1])
+    return _like(x, need[0]), gradient(depthwise, need[1]), gradient(pointwise, need[1])
 
 
 def _save_stage(ctx, inputs, output):
@@ -106,9 +121,9 @@ def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
 
 @torch.library.custom_op("fpdarts::pooling", mutates_args=(), device_types="cpu")
 def _pooling(x: Tensor, kind: int, stride: int) -> Tensor:
-    x = channels_last(x)
+    x, step = channels_last_slice(x)
     out = _new(x, x.shape[1], stride)
-    _run(_POOLING, x, x.shape[1], False, x=x, out=out, kind=kind, stride=stride)
+    _run(_POOLING, x, x.shape[1], False, x=x, step=step, out=out, kind=kind, stride=stride)
     return out
 
 
@@ -119,15 +134,15 @@ def _(x, kind, stride):
 
 @torch.library.custom_op("fpdarts::pooling_backward", mutates_args=(), device_types="cpu")
 def _pooling_backward(d_out: Tensor, x: Tensor, kind: int, stride: int) -> Tensor:
-    x, d_out = channels_last(x), channels_last(d_out)
-    d_x = torch.empty_like(x)
-    _run(_POOLING, x, x.shape[1], True, x=x, d_out=d_out, d_x=d_x, kind=kind, stride=stride)
+    (x, step), d_out = channels_last_slice(x), channels_last(d_out)
+    d_x = _like(x)
+    _run(_POOLING, x, x.shape[1], True, x=x, step=step, d_out=d_out, d_x=d_x, kind=kind, stride=stride)
     return d_x
 
 
 @_pooling_backward.register_fake
 def _(d_out, x, kind, stride):
-    return torch.empty_like(channels_last(x))
+    return _like(x)
 
 
 def _save_pooling(ctx, inputs, output):
