@@ -91,8 +91,8 @@ template <int V> class DerivedForward : public Derived<V> {
     void stage(const DerivedEdge& e, int which, const float* tile, const Tile& t, const Packed& w, int image, int thread,
                float* line, MapSums<V>* sums) {
         specialized(e.kernel, e.dilation, which ? 1 : e.stride, [&](auto k, auto d, auto s) {
-            stage_forward<V, k, d, s>(tile, t, w.get(), l.blocks, this->raw(e.row[which], image), line,
-                                      training ? sums : nullptr);
+            stage_forward<V, k, d, s>(tile, t, w.get(), l.blocks, this->raw(e.row[which], image),
+                                      Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), line, training ? sums : nullptr);
         });
         if (training) merge(thread, e.row[which], sums, l.out_pixels);
     }

@@ -93,9 +93,9 @@ template <int V> class Forward : public Engine<V> {
     template <int K, int D, int S>
     void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int thread, float* line,
                MapSums<V>* sums) {
-        const int map = t.height / S * (t.width / S);
-        stage_forward<V, K, D, S>(tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map), line,
-                                  training ? sums : nullptr);
+        const int map = l.out_pixels;
+        stage_forward<V, K, D, S>(tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map),
+                                  Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), line, training ? sums : nullptr);
         if (!training) return;
         for (int b = 0; b < l.blocks; b++) merge(thread, row, b, sums[b], map);
     }

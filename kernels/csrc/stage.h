@@ -48,20 +48,26 @@ template <class F> void specialized(int kernel, int dilation, int stride, F&& f)
     else chosen(Constant<5>{}, Constant<2>{});
 }
 
-// line: scratch, blocks * padded(width) pixels. sums: a block each, or null where none are needed.
+// Floats from pixel to pixel, row to row and block to block of a result.
+struct Steps {
+    long pixel, row, block;
+    template <int V> static Steps in_blocks(int height, int width) { return {V, width * V, long(height) * width * V}; }
+};
+
+// line: scratch, blocks * padded(width) pixels. sums: a block each, of a result in blocks, or null where none are needed.
 template <int V, int K, int D, int S>
-void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, float* line,
-                   MapSums<V>* sums) {
+void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, const Steps& steps,
+                   float* line, MapSums<V>* sums) {
     const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = blocks * V;
-    const int64_t block = int64_t(height) * width * V;
     for (int y = 0; y < height; y++) {
         for (int b = 0; b < blocks; b++)
             depthwise_row<V, K, D, S, false, false>(tile + (int64_t(b) * t.pixels() + t.at(y * S, D * (K / 2))) * V,
                                                     long(t.pitch) * V, w.depthwise + b * V * PACK<V>, lanes * PACK<V>,
                                                     line + b * wide * V, width);
-        float* to = out + int64_t(y) * width * V;
+        float* to = out + y * steps.row;
+        const long pixel = steps.pixel, block = steps.block;
         pointwise_rows<V>(line, wide * V, V, blocks, w.pointwise, lanes * V, blocks, width,
-                          [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * block + x * V, v); });
+                          [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * block + x * pixel, v); });
         if (!sums) continue;
         for (int b = 0; b < blocks; b++) {
             if (y == 0) sums[b].begin(load<V>(to + b * block));
