@@ -1,5 +1,9 @@
+import os
+import subprocess
 import sys
+import tempfile
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,6 +14,32 @@ from fpdarts import kernels
 
 # On maps as small as the tests', threads mostly wait for one another: ten times slower beside another busy process.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_the_interpreter(request):
+    """Waits for the Triton back end's tests, which run beside all others: they take about as long, on one core.
+
+    Returns (exit status, output). None where their test was not asked for.
+    """
+    if not any(item.name == "test_in_the_interpreter" for item in request.session.items):
+        yield None
+        return
+    environment = {**os.environ, "FPDARTS_TESTED": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    with tempfile.TemporaryFile("w+") as output:
+        inner = subprocess.Popen(
+            [*command, str(Path(__file__).parent / "agreement.py")], env=environment, stdout=output, stderr=output
+        )
+
+        def wait():
+            inner.wait()
+            output.seek(0)
+            return inner.returncode, output.read()
+
+        yield wait
+        inner.kill()  # if nothing waited
+        inner.wait()
 
 
 @pytest.fixture

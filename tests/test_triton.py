@@ -1,9 +1,6 @@
 """The Triton back end without a GPU: in its interpreter, and what its launchers count."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +11,9 @@ from fpdarts import kernels
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-def test_in_the_interpreter():
-    environment = {**os.environ, "FPDARTS_TESTED": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    inner = Path(__file__).parent / "agreement.py"
-    result = subprocess.run([*command, str(inner)], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+def test_in_the_interpreter(in_the_interpreter):
+    status, output = in_the_interpreter()
+    assert status == 0, output[-7000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says why it cannot run where there is no GPU")
