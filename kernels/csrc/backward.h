@@ -63,7 +63,7 @@ template <int V> class Backward : public Gradients<V> {
         for (int column = 0; column < columns; column++) {
             const Operation& o = l.operations[column];
             if (o.kind != CONVOLUTION || o.stages <= which) continue;
-            if (this->is_used(o, source)) stages.used.emplace_back(*this, o, which, true);
+            if (this->is_used(o, source)) stages.used.emplace_back(*this, o, which, source, true);
             for (int row : l.leaving[source]) {
                 const int between = o.stages == 2 ? pairs++ : -1, taps = o.kernel * o.kernel;
                 const Edge& e = l.edges[row];

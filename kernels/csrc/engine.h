@@ -55,24 +55,29 @@ template <int V> class Engine {
     bool passes(const Edge& edge, int slice) const { return passing[edge.row * l.slices + slice]; }
     float scale_of(const Edge& edge, int column) const { return scale[edge.row * l.operations.size() + column]; }
 
-    // An operation that is computed, and its packed weights of one stage, of all edges.
+    // An operation that is computed, and its packed weights of one stage, of the edges that leave a source.
     struct Used {
         const Operation* o;
         std::vector<float> depthwise, pointwise;
+        int first = 0;  // row
         size_t each_depthwise = 0, each_pointwise = 0;
 
         explicit Used(const Operation& o) : o(&o) {}
-        Used(const Engine& engine, const Operation& o, int stage, bool transposed) : o(&o) {
+        Used(const Engine& engine, const Operation& o, int stage, int source, bool transposed)
+            : o(&o), first(engine.l.leaving[source].front()) {
             const Layout<V>& l = engine.l;
-            const int edges = l.edges.size(), taps = o.kernel * o.kernel;
+            const int edges = l.leaving[source].size(), taps = o.kernel * o.kernel;
             const float* const* w = engine.a.weights + o.weight[stage];
-            depthwise = PackedWeights<V>::depthwise(w[0], edges, taps, l.c, l.lanes);
+            depthwise = PackedWeights<V>::depthwise(w[0] + int64_t(first) * taps * l.c, edges, taps, l.c, l.lanes);
             each_depthwise = depthwise.size() / edges, each_pointwise = PackedWeights<V>::matrix_size(l.c, l.c);
             pointwise.resize(each_pointwise * edges);
-            for (int row = 0; row < edges; row++)
-                PackedWeights<V>::matrix(w[1] + int64_t(row) * l.c * l.c, l.c, l.c, transposed, &pointwise[each_pointwise * row]);
+            for (int i = 0; i < edges; i++)
+                PackedWeights<V>::matrix(w[1] + int64_t(first + i) * l.c * l.c, l.c, l.c, transposed,
+                                         &pointwise[each_pointwise * i]);
         }
-        StageWeights weights(int row) const { return {&depthwise[each_depthwise * row], &pointwise[each_pointwise * row]}; }
+        StageWeights weights(int row) const {
+            return {&depthwise[each_depthwise * (row - first)], &pointwise[each_pointwise * (row - first)]};
+        }
     };
 
     Dense<V> preprocess_dense(int i) const {

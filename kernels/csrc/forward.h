@@ -108,7 +108,7 @@ template <int V> class Forward : public Engine<V> {
         const Dense<V> skip = this->skip_dense();
         for (const Operation& o : l.operations) {
             if (!this->is_used(o, source)) continue;
-            if (o.kind == CONVOLUTION) used.push_back(Used(*this, o, 0, false));
+            if (o.kind == CONVOLUTION) used.push_back(Used(*this, o, 0, source, false));
             else used.push_back(Used(o));
             if (o.kind == SKIP && stride == 2)
                 for (int row : l.leaving[source]) skip_weights.push_back(this->skip_matrix(o, skip, row, false));
@@ -207,7 +207,7 @@ template <int V> class Forward : public Engine<V> {
         std::vector<Used> used;
         for (const Operation& o : l.operations)
             if (o.kind == CONVOLUTION && o.stages == 2 && this->is_used(o, source))
-                used.push_back(Used(*this, o, 1, false));
+                used.push_back(Used(*this, o, 1, source, false));
         if (used.empty()) return;
         for_images(l.n, threads, [&](int thread) {
             float* tile = arena().take(l.blocks * t.pixels() * V);

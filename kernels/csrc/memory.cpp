@@ -35,11 +35,12 @@ void* use(void* block, size_t size) {
 
 }  // namespace
 
-// At least `bytes`, aligned to a page; null if there is no memory. A kept block serves if it is not over twice as large.
+// At least `bytes`, aligned to a page; null if there is no memory. A kept block serves even if it is much larger: in
+// backward each cell's scratch memory finds room where a later cell's workspace was.
 EXPORT void* fpdarts_allocate(int64_t bytes) {
     const size_t size = (size_t(bytes) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     std::lock_guard<std::mutex> lock(mutex);
-    if (auto found = unused.lower_bound(size); found != unused.end() && found->first <= 2 * size) {
+    if (auto found = unused.lower_bound(size); found != unused.end() && found->first <= 8 * size) {
         const size_t kept = found->first;
         return use(take(found), kept);
     }

@@ -16,6 +16,7 @@ from .library import (
     gradient,
     library,
     memory,
+    new_map,
     pointers,
 )
 from .operators import of_operation
@@ -53,7 +54,7 @@ def _derived_cell(
     lib = library()
     inputs = [channels_last(x) for x in (x0, x1)]
     weights = [weight.contiguous() for weight in weights]
-    out = torch.empty(_out_shape(geometry), memory_format=torch.channels_last)
+    out = new_map(_out_shape(geometry))
     batch = [torch.zeros(rows), torch.zeros(rows)]
     arguments = cell_arguments(
         geometry, inputs, weights, path_scales=path_scales, given_mean=mean, given_variance=variance, out=out,
@@ -90,7 +91,8 @@ def _derived_cell_backward(
     inputs = [channels_last(x) for x in (x0, x1)]
     weights = [weight.contiguous() for weight in weights]
     d_out = channels_last(d_out)
-    gradients = [gradient(tensor, needed) for tensor, needed in zip((*inputs, *weights), need)]
+    gradients = [new_map(x.shape) if needed else x.new_empty(0) for x, needed in zip(inputs, need)]
+    gradients += [gradient(weight, needed) for weight, needed in zip(weights, need[2:])]
     arguments = cell_arguments(
         geometry, inputs, weights, path_scales=path_scales, given_mean=mean, given_variance=variance, work=work,
         d_out=d_out,

@@ -4,6 +4,7 @@ Fields of ``CellArguments`` mirror kernels/csrc/abi.h, where they are explained.
 """
 
 import ctypes
+import math
 import os
 import weakref
 from functools import cache
@@ -130,6 +131,15 @@ def channels_last_slice(x: Tensor) -> tuple[Tensor, int]:
 def gradient(tensor: Tensor, needed: bool) -> Tensor:
     """To be written; empty where it is not needed."""
     return torch.empty_like(tensor) if needed else tensor.new_empty(0)
+
+
+def new_map(shape: tuple[int, ...]) -> Tensor:
+    """(N, C, H, W) channels last, not initialized; a large one from memory that is kept."""
+    floats = math.prod(shape)
+    if floats < 1 << 18:  # kept blocks are of 2 MiB at least
+        return torch.empty(shape, memory_format=torch.channels_last)
+    n, c, height, width = shape
+    return memory(floats).view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 def address(tensor: Tensor | None) -> int | None:

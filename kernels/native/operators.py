@@ -19,6 +19,7 @@ from .library import (
     gradient,
     library,
     memory,
+    new_map,
     pointers,
 )
 
@@ -64,7 +65,7 @@ def _cell(
     lib = library()
     inputs = [channels_last(x) for x in (x0, x1)]
     weights = [weight.contiguous() for weight in weights]
-    out = torch.empty(_out_shape(geometry), memory_format=torch.channels_last)
+    out = new_map(_out_shape(geometry))
     batch = [torch.zeros(rows), torch.zeros(rows), torch.zeros(rows[0], 1)]
     arguments = cell_arguments(
         geometry, inputs, weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean, given_variance=variance,
@@ -106,7 +107,7 @@ def _cell_backward(
     inputs = [channels_last(x) for x in (x0, x1)]
     weights = [weight.contiguous() for weight in weights]
     d_out = channels_last(d_out)
-    d_x = [gradient(x, wanted) for x, wanted in zip(inputs, need)]
+    d_x = [new_map(x.shape) if wanted else x.new_empty(0) for x, wanted in zip(inputs, need)]
     d_mix = [gradient(tensor, need[2]) for tensor in (alpha, beta)]
     d_weights = [gradient(weight, need[3]) for weight in weights]
     arguments = cell_arguments(
