@@ -312,7 +312,7 @@ def test_two_steps_of_retraining_are_the_same():
 
 
 def test_learning_is_the_same():
-    """Joint steps from one seed: losses and alphas. Twenty, or two, are more than the interpreter has time for in a test."""
+    """Joint steps from one seed: losses and alphas. More than one takes the interpreter too long for a test."""
     from fpdarts.config import SearchConfig, resolved
     from fpdarts.search import build_supernet, optimizers, weight_step
 
