@@ -12,8 +12,9 @@ namespace FPDARTS_ISA {
 template <int V> class Backward : public Gradients<V> {
     using Base = Gradients<V>;
     using Base::a, Base::l, Base::threads;
-    using Base::columns, Base::gradients, Base::gradient_at, Base::between_sums, Base::node_sums, Base::term_sums, Base::d_node, Base::d_input, Base::d_between, Base::factors;
-    using Base::result_factors, Base::between_factors, Base::input_factors, Base::terms_of, Base::reduce, Base::unshuffle;
+    using Base::columns, Base::gradients, Base::gradient_at, Base::between_sums, Base::node_sums, Base::term_sums;
+    using Base::d_node, Base::d_input, Base::d_between, Base::factors, Base::result_factors, Base::between_factors;
+    using Base::input_factors, Base::terms_of, Base::reduce, Base::unshuffle;
     using typename Base::Used, typename Base::Terms;
 
    public:

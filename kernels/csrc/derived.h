@@ -85,7 +85,7 @@ template <int V> struct DerivedLayout {
     int wide() const { return shape.concat * c; }  // channels of the output
     // Tables, [lanes] a row: mean, 1 / deviation, scale / deviation, shift.
     int64_t table(int which, int row) const { return tables_at + (int64_t(which) * rows + row) * lanes; }
-    // Of no live edge, or not of the states whose edges are asked for: not computed in backward.
+    // What backward goes along.
     std::vector<int> live_leaving(int state) const {
         std::vector<int> live;
         for (int i : leaving[state])

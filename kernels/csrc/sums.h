@@ -138,7 +138,8 @@ struct Factors {
     }
 
     // Pixels of one block: g, times `scale`, and raw -> d_raw. draw_rows: to pixels `step` apart.
-    template <int V> INLINE void draw(int block, const float* g, const float* raw, int count, float* out, float scale = 1) const {
+    template <int V>
+    INLINE void draw(int block, const float* g, const float* raw, int count, float* out, float scale = 1) const {
         const Spread<V> by(scale * load<V>(&factor[block * V])), slopes(load<V>(&slope[block * V]));
         const Spread<V> shifts(load<V>(&shift[block * V])), means(load<V>(&mean[block * V]));
         over_pixels<V>(count, [=](int i, auto lanes) {
@@ -149,7 +150,8 @@ struct Factors {
         });
     }
     template <int V>
-    INLINE void draw_rows(int block, const float* g, const float* raw, int count, float* out, int step, float scale = 1) const {
+    INLINE void draw_rows(int block, const float* g, const float* raw, int count, float* out, int step,
+                          float scale = 1) const {
         const Vec<V> by = scale * load<V>(&factor[block * V]), slopes = load<V>(&slope[block * V]);
         const Vec<V> shifts = load<V>(&shift[block * V]), means = load<V>(&mean[block * V]);
         for (int i = 0; i < count; i++)
