@@ -1,24 +1,11 @@
 """A cell of a derived network as a PyTorch operator, as operators.py does it for a cell of the search."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from .. import Statistics
 from ..spec import DerivedCellSpec
-from .library import (
-    at_least_two_values,
-    cell_arguments,
-    channels_last,
-    float32_only,
-    float32_weights,
-    gradient,
-    library,
-    memory,
-    new_map,
-    pointers,
-)
+from .library import at_least_two_values, cell_backward, cell_forward, float32_only, float32_weights, gradient
 from .operators import of_operation
 
 
@@ -51,18 +38,11 @@ def _derived_cell(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, batch mean, batch variance, work). rows: (normalizations, C). unread: whether the output does not depend
     on an input, on a weight."""
-    lib = library()
-    inputs = [channels_last(x) for x in (x0, x1)]
-    weights = [weight.contiguous() for weight in weights]
-    out = new_map(_out_shape(geometry))
     batch = [torch.zeros(rows), torch.zeros(rows)]
-    arguments = cell_arguments(
-        geometry, inputs, weights, path_scales=path_scales, given_mean=mean, given_variance=variance, out=out,
-        mean=batch[0], variance=batch[1],
+    out, work = cell_forward(
+        "derived", geometry, _out_shape(geometry), (x0, x1), weights, path_scales=path_scales, given_mean=mean,
+        given_variance=variance, mean=batch[0], variance=batch[1],
     )  # fmt: skip
-    work = memory(lib.fpdarts_derived_workspace(arguments))
-    arguments.work = work.data_ptr()
-    lib.fpdarts_derived_forward(arguments)
     return out, *batch, work
 
 
@@ -87,24 +67,10 @@ def _derived_cell_backward(
     work: Tensor,
 ) -> list[Tensor]:
     """Gradients of x0, x1 and of each weight; empty where not needed. need: of x0, of x1, of each weight."""
-    lib = library()
-    inputs = [channels_last(x) for x in (x0, x1)]
-    weights = [weight.contiguous() for weight in weights]
-    d_out = channels_last(d_out)
-    gradients = [new_map(x.shape) if needed else x.new_empty(0) for x, needed in zip(inputs, need)]
-    gradients += [gradient(weight, needed) for weight, needed in zip(weights, need[2:])]
-    arguments = cell_arguments(
-        geometry, inputs, weights, path_scales=path_scales, given_mean=mean, given_variance=variance, work=work,
-        d_out=d_out,
+    return cell_backward(
+        "derived", geometry, need, d_out, (x0, x1), weights, path_scales=path_scales, given_mean=mean,
+        given_variance=variance, work=work,
     )  # fmt: skip
-    scratch = memory(lib.fpdarts_derived_scratch(arguments))
-    arguments.scratch = scratch.data_ptr()
-    arguments.d_x = pointers([d if needed else None for d, needed in zip(gradients[:2], need)])
-    if any(need[2:]):
-        addresses = pointers(gradients[2:])
-        arguments.d_weights = ctypes.addressof(addresses)
-    lib.fpdarts_derived_backward(arguments)
-    return gradients
 
 
 @_derived_cell_backward.register_fake

@@ -33,16 +33,6 @@ class CellArguments(ctypes.Structure):
     ]
 
 
-def cell_arguments(geometry: list[int], inputs, weights, **tensors: Tensor | None) -> CellArguments:
-    """Of tensors, by field. What it points to must live as long, and so is kept with it."""
-    arguments = CellArguments(threads=threads(), x=pointers(inputs))
-    arguments.keep = (ctypes.c_int64 * len(geometry))(*geometry), pointers(weights), tensors
-    arguments.geometry, arguments.weights = map(ctypes.addressof, arguments.keep[:2])
-    for name, tensor in tensors.items():
-        setattr(arguments, name, address(tensor))
-    return arguments
-
-
 class PartArguments(ctypes.Structure):
     _fields_ = [
         *((name, _integer) for name in ("part", "backward", "threads", "images", "channels", "height", "width")),
@@ -162,3 +152,46 @@ def memory(floats: int) -> Tensor:
     buffer = (ctypes.c_float * floats).from_address(address)
     weakref.finalize(buffer, lib.fpdarts_release, address).atexit = False
     return torch.frombuffer(buffer, dtype=torch.float32)  # keeps the buffer as long as any view lives
+
+
+# --- A cell, of the search or derived ---
+
+
+def _arguments(geometry: list[int], inputs, weights, tensors: dict[str, Tensor | None]) -> CellArguments:
+    """tensors: by field. What it points to must live as long, and so is kept with it."""
+    arguments = CellArguments(threads=threads(), x=pointers(inputs))
+    arguments.keep = (ctypes.c_int64 * len(geometry))(*geometry), pointers(weights), tensors
+    arguments.geometry, arguments.weights = map(ctypes.addressof, arguments.keep[:2])
+    for name, tensor in tensors.items():
+        setattr(arguments, name, address(tensor))
+    return arguments
+
+
+def cell_forward(kind: str, geometry: list[int], shape: tuple[int, ...], inputs, weights, **tensors: Tensor | None):
+    """(out, work). kind: ``cell`` or ``derived``. shape: of the output. tensors: what else is read and written."""
+    inputs, weights = [channels_last(x) for x in inputs], [weight.contiguous() for weight in weights]
+    out = new_map(shape)
+    arguments = _arguments(geometry, inputs, weights, {**tensors, "out": out})
+    work = memory(getattr(library(), f"fpdarts_{kind}_workspace")(arguments))
+    arguments.work = work.data_ptr()
+    getattr(library(), f"fpdarts_{kind}_forward")(arguments)
+    return out, work
+
+
+def cell_backward(
+    kind: str, geometry: list[int], need: list[bool], d_out: Tensor, inputs, weights, **tensors: Tensor | None
+) -> list[Tensor]:
+    """Gradients of the inputs and of each weight, empty where not needed. need: of each."""
+    inputs, weights = [channels_last(x) for x in inputs], [weight.contiguous() for weight in weights]
+    d_out = channels_last(d_out)
+    gradients = [new_map(x.shape) if needed else x.new_empty(0) for x, needed in zip(inputs, need)]
+    gradients += [gradient(weight, needed) for weight, needed in zip(weights, need[2:])]
+    addresses = pointers([d if needed else None for d, needed in zip(gradients, need)])
+    arguments = _arguments(geometry, inputs, weights, {**tensors, "d_out": d_out})
+    arguments.d_x = (_pointer * 2)(*addresses[:2])
+    if any(need[2:]):
+        arguments.d_weights = ctypes.addressof(addresses) + 2 * ctypes.sizeof(_pointer)
+    scratch = memory(getattr(library(), f"fpdarts_{kind}_scratch")(arguments))
+    arguments.scratch = scratch.data_ptr()
+    getattr(library(), f"fpdarts_{kind}_backward")(arguments)
+    return gradients

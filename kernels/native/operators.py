@@ -3,25 +3,12 @@
 torch.library is told shapes and derivatives, so that torch.compile takes a cell as it is.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
-from .library import (
-    at_least_two_values,
-    cell_arguments,
-    channels_last,
-    float32_only,
-    float32_weights,
-    gradient,
-    library,
-    memory,
-    new_map,
-    pointers,
-)
+from .library import at_least_two_values, cell_backward, cell_forward, float32_only, float32_weights, gradient
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
 _CONVOLUTION = 4
@@ -62,18 +49,11 @@ def _cell(
     variance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, batch mean, batch variance, updated, work). rows: (statistics rows, c)."""
-    lib = library()
-    inputs = [channels_last(x) for x in (x0, x1)]
-    weights = [weight.contiguous() for weight in weights]
-    out = new_map(_out_shape(geometry))
     batch = [torch.zeros(rows), torch.zeros(rows), torch.zeros(rows[0], 1)]
-    arguments = cell_arguments(
-        geometry, inputs, weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean, given_variance=variance,
-        out=out, mean=batch[0], variance=batch[1], updated=batch[2],
+    out, work = cell_forward(
+        "cell", geometry, _out_shape(geometry), (x0, x1), weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean,
+        given_variance=variance, mean=batch[0], variance=batch[1], updated=batch[2],
     )  # fmt: skip
-    work = memory(lib.fpdarts_cell_workspace(arguments))
-    arguments.work = work.data_ptr()
-    lib.fpdarts_cell_forward(arguments)
     return out, *batch, work
 
 
@@ -103,27 +83,13 @@ def _cell_backward(
 
     need: of x0, of x1, of alpha and beta, of the weights.
     """
-    lib = library()
-    inputs = [channels_last(x) for x in (x0, x1)]
-    weights = [weight.contiguous() for weight in weights]
-    d_out = channels_last(d_out)
-    d_x = [new_map(x.shape) if wanted else x.new_empty(0) for x, wanted in zip(inputs, need)]
-    d_mix = [gradient(tensor, need[2]) for tensor in (alpha, beta)]
-    d_weights = [gradient(weight, need[3]) for weight in weights]
-    arguments = cell_arguments(
-        geometry, inputs, weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean, given_variance=variance,
-        work=work, d_out=d_out,
+    d_alpha, d_beta = (gradient(tensor, need[2]) for tensor in (alpha, beta))
+    d_x0, d_x1, *d_weights = cell_backward(
+        "cell", geometry, need[:2] + need[3:] * len(weights), d_out, (x0, x1), weights, alpha=alpha, beta=beta,
+        gates=gates, given_mean=mean, given_variance=variance, work=work, d_alpha=d_alpha if need[2] else None,
+        d_beta=d_beta if need[2] else None,
     )  # fmt: skip
-    scratch = memory(lib.fpdarts_cell_scratch(arguments))
-    arguments.scratch = scratch.data_ptr()
-    arguments.d_x = pointers([d if wanted else None for d, wanted in zip(d_x, need)])
-    if need[2]:
-        arguments.d_alpha, arguments.d_beta = (d.data_ptr() for d in d_mix)
-    if need[3]:
-        addresses = pointers(d_weights)
-        arguments.d_weights = ctypes.addressof(addresses)
-    lib.fpdarts_cell_backward(arguments)
-    return [*d_x, *d_mix, *d_weights]
+    return [d_x0, d_x1, d_alpha, d_beta, *d_weights]
 
 
 @_cell_backward.register_fake
