@@ -41,7 +41,7 @@ class Options:
 
 def learn(options: Options, kernels: str, seed: int) -> dict:
     """Losses of each step, and at the end alphas and the validation accuracy."""
-    from fpdarts.data import open_data
+    from fpdarts.data import Loader, open_data
 
     config = SearchConfig(
         data=options.data, kernels=kernels, seed=seed, batch_size=options.batch_size, amp="off", workers=0,
@@ -50,8 +50,9 @@ def learn(options: Options, kernels: str, seed: int) -> dict:
     data = open_data(config.data, config.protocol, config.image_size)
     config = configuration.resolved(config, data.protocol)
     device = torch.device(options.device)
-    weight_loader, architecture_loader, validation_loader = loaders(config, data, device)
-    validation_loader.images = validation_loader.images.limited(options.validation_images)
+    weight_loader, architecture_loader, whole = loaders(config, data, device)
+    few = whole.images.limited(options.validation_images)
+    validation_loader = Loader(few, data, options.batch_size, None, 0, device)
     torch.manual_seed(seed)
     model = build_supernet(config, len(data.classes)).to(device)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=seed)
