@@ -93,6 +93,7 @@ template <int V> class Gradients : public Engine<V> {
         for (int i = 0; i < l.lanes; i++) f.slope[i] /= a.work[l.inverse(row) + i], f.mean[i] = 0;
         return f;
     }
+
     // --- Sums of a node's gradient ---
 
     struct Terms {  // of one slice
