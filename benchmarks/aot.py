@@ -9,7 +9,9 @@ each. Exit status 1 where one spills, wants more shared memory than the chip has
 than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
 """
 
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
@@ -54,14 +57,14 @@ def configurations(options: Options) -> dict[tuple, dict]:
         storage = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         for protocol in options.searches:
             for step in options.steps:
-                for kernel, tensors, arguments in STEPS[step](protocol, storage, options):
-                    key, job = _specialized(kernel, tensors, arguments)
+                for launch in STEPS[step](protocol, storage, options):
+                    key, job = specialized(launch)
                     found.setdefault(key, job | {"dtype": dtype})
     torch.set_float32_matmul_precision("highest")
     return found
 
 
-def _searched(protocol, storage, options):
+def searched(protocol, storage, options):
     """Launches of a weight step and of an architecture step."""
     import torch
     import torch.nn.functional as F
@@ -82,7 +85,7 @@ def _searched(protocol, storage, options):
             with frozen(fixed), counting() as launched:
                 loss = F.cross_entropy(model(images, torch.ones(model.gate_shape)), labels)
                 torch.autograd.grad(loss, trained, materialize_grads=True)
-            yield from launched.arguments
+            yield from launched.all
 
 
 def _retrained(protocol, storage, options):
@@ -106,21 +109,22 @@ def _retrained(protocol, storage, options):
             images = torch.empty(n, 3, side, side, dtype=storage)
         with counting() as launched:
             network(images, 0.3 if protocol == "cifar" else 0.0).sum().backward()
-        yield from launched.arguments
+        yield from launched.all
         with counting() as launched, torch.no_grad():
             network.eval()(images)
-        yield from launched.arguments
+        yield from launched.all
 
 
-STEPS = {"search": _searched, "retrain": _retrained}
+STEPS = {"search": searched, "retrain": _retrained}
 
 
-def _specialized(kernel, tensors, arguments):
+def specialized(launch):
     """As the just-in-time compiler would: ints that are 1 become constants, those divisible by 16 are marked."""
     import torch
     import triton.language as tl
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+    kernel, tensors, arguments = launch.kernel, launch.tensors, launch.arguments
     signature, constants, aligned = {}, {}, []
     for position, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -146,8 +150,8 @@ def _specialized(kernel, tensors, arguments):
     return json.dumps(job, sort_keys=True), job
 
 
-def compiled(job: dict, arch: int) -> dict:
-    """Resources and instructions of one kernel; with "error" in place of them where it does not compile."""
+def binary(job: dict, arch: int):
+    """What Triton makes of a configuration; where a launch asks for the same one later, it is in Triton's cache."""
     from importlib import import_module
 
     import triton
@@ -163,13 +167,35 @@ def compiled(job: dict, arch: int) -> dict:
         for name, value in job["constants"].items()
     }
     attributes = {(position,): [["tt.divisibility", 16]] for position in job["aligned"]}
-    source = ASTSource(kernel, job["signature"], constants, attributes)
-    row = {"kernel": job["kernel"], "arch": arch, "dtype": job["dtype"], "configuration": _told(job)}
+    # words among the constants get empty attributes from the just-in-time compiler: the cache's key has them
+    words = [i for i, parameter in enumerate(kernel.params) if isinstance(constants.get(parameter.name), str)]
+    attributes |= {(position,): [] for position in words}
+    source = ASTSource(kernel, job["signature"], constants, dict(sorted(attributes.items())))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job["options"])
+
+
+def compile_all(jobs: list[dict], arch: int) -> list[str]:
+    """Into Triton's cache, on all cores; returns what did not compile, and why."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        errors = list(pool.map(_error, jobs, itertools.repeat(arch), chunksize=4))
+    return [f"{job['kernel']} {told(job)}: {error}" for job, error in zip(jobs, errors) if error]
+
+
+def _error(job: dict, arch: int) -> str | None:
     try:
-        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job["options"])
+        binary(job, arch)
+    except Exception as error:  # the compiler raises many kinds
+        return f"{type(error).__name__}: {error}"[:300]
+
+
+def compiled(job: dict, arch: int) -> dict:
+    """Resources and instructions of one kernel; with "error" in place of them where it does not compile."""
+    row = {"kernel": job["kernel"], "arch": arch, "dtype": job["dtype"], "configuration": told(job)}
+    try:
+        made = binary(job, arch)
     except Exception as error:  # the compiler raises many kinds, and one failure is not to hide the others
         return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0], "passed": False}
-    row |= _resources(binary.asm["cubin"]) | {"shared": binary.metadata.shared}
+    row |= _resources(made.asm["cubin"]) | {"shared": made.metadata.shared}
     problems = []
     if row["spills"]:
         problems.append("spills")
@@ -183,7 +209,7 @@ def compiled(job: dict, arch: int) -> dict:
     return row | {"problems": problems, "passed": not problems}
 
 
-def _told(job: dict) -> str:
+def told(job: dict) -> str:
     shown = (
         "C",
         "C_IN",

@@ -6,6 +6,7 @@ Ratios are a baseline's seconds over those of ``--kernels``: above 1, the kernel
 make a pair; told are the median and the range of the pairs' ratios.
 """
 
+import gc
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -124,10 +125,18 @@ def _speed(values, work, side, limits):
 
 
 def peak_memory(what: str, side: Side, setting: Setting) -> int | None:
-    """Bytes at the highest point of two calls, in a process of its own; on the CPU without what importing took.
-
-    None where the system does not tell.
+    """Bytes at the highest point of two calls: on CUDA those that were allocated on the device for it, on the CPU those
+    of a process of its own, without what importing took. None where the system does not tell.
     """
+    if torch.device(setting.device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        before = torch.cuda.memory_allocated(setting.device)
+        case = build(what, side, setting)
+        for i in range(2):
+            case.step(i)
+        return torch.cuda.max_memory_allocated(setting.device) - before
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with pool:
         return pool.submit(_peak_memory, what, side, setting, torch.get_num_threads()).result()
@@ -135,17 +144,16 @@ def peak_memory(what: str, side: Side, setting: Setting) -> int | None:
 
 def _peak_memory(what, side, setting, threads):
     torch.set_num_threads(threads)
-    cuda, status = torch.device(setting.device).type == "cuda", Path("/proc/self/status")
-    if not cuda:
-        if not status.exists():
-            return None
-        import_module("torch._dynamo")  # the first optimizer imports it, which is not the step's doing
-        before = _status(status, "VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    import_module("torch._dynamo")  # the first optimizer imports it, which is not the step's doing
+    before = _status(status, "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     case = build(what, side, setting)
     for i in range(2):
         case.step(i)
-    return torch.cuda.max_memory_allocated(setting.device) if cuda else _status(status, "VmHWM") - before
+    return _status(status, "VmHWM") - before
 
 
 def _status(path, field):

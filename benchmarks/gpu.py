@@ -23,6 +23,7 @@ from pathlib import Path
 # part -> seconds it may take. In this order: what is most needed comes first.
 PARTS = {
     "environment": 120,
+    "compile": 300,
     "check-fp32": 240,
     "check-bf16": 240,
     "steps-bf16": 420,
@@ -49,6 +50,49 @@ def environment(options):
         limits[dtype] = measure(options.device, getattr(torch, dtype), rounds=2 if options.dry_run else 8).as_dict()
     memory = torch.cuda.get_device_properties(0).total_memory if options.device == "cuda" else None
     return {**report.environment(options.device), "limits": limits, "device_memory": memory}
+
+
+def compile_kernels(options):
+    """Everything that the steps will launch, on all cores, into Triton's cache: later parts would do it one by one."""
+
+    import torch
+
+    from benchmarks import aot
+
+    if options.dry_run:  # the interpreter compiles nothing
+        return {"jobs": 0, "errors": []}
+    arch = int("".join(map(str, torch.cuda.get_device_capability()))) if options.device == "cuda" else 90
+    asked = aot.Options(dtypes=("bfloat16", "tf32"), searches=("cifar",), partial=(2,))
+    jobs = list({**_checked_configurations(), **aot.configurations(asked)}.values())
+    errors = aot.compile_all(jobs, arch)
+    print(f"{len(jobs)} configurations for sm_{arch}; {errors[:10] or 'all compile'}")
+    return {"jobs": len(jobs), "errors": errors}
+
+
+def _checked_configurations() -> dict[tuple, dict]:
+    """As aot.configurations gives them: of what check-kernels launches."""
+    from contextlib import nullcontext
+
+    import torch
+    from fpdarts.kernels.triton.launch import counting
+
+    from benchmarks import aot
+    from fpdarts import check as checking
+
+    class Side(checking.Side):
+        def autocast(self):  # there is none on the meta device; states have its dtype all the same
+            return nullcontext()
+
+    found = {}
+    for amp in ("off", "bf16"):
+        side = Side("triton", torch.device("meta"), torch.float32, amp)
+        for case in (case for cases in checking.operations().values() for case in cases):
+            with counting() as launched:
+                case.compute(side, 0)
+            for launch in launched.all:
+                key, job = aot.specialized(launch)
+                found.setdefault(key, job | {"dtype": amp})
+    return found
 
 
 def check(options, amp):
@@ -140,9 +184,11 @@ def compiled(options):
 def kernels(options):
     """Device time of every kernel in one weight step, one architecture step and one step of retraining."""
     import torch
+    from fpdarts.kernels.triton.launch import counting
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.cases import build
+    from benchmarks.limits import synchronize
     from benchmarks.sides import Side
 
     torch.set_float32_matmul_precision("high")
@@ -152,53 +198,49 @@ def kernels(options):
         for i in range(1 if options.dry_run else 3):
             case.step(i)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device == "cuda")
-        with profile(activities=activities) as profiled:
+        with counting() as launched, profile(activities=activities) as profiled:
             case.step(3)
+            synchronize(options.device)
         rows = []
         for event in profiled.key_averages():
             seconds = getattr(event, "self_device_time_total", 0) / 1e6
-            if seconds > 0:
+            if seconds > 0 and str(event.device_type).endswith("CUDA"):  # not the operators that launched it, too
                 rows.append({"kernel": event.key[:90], "calls": event.count, "seconds": seconds})
         rows.sort(key=lambda row: -row["seconds"])
         found[what] = {"seconds": sum(row["seconds"] for row in rows), "kernels": rows}
-        for row in rows[:25]:
-            print(f"{what} {row['seconds'] * 1e6:9.1f} us {row['calls']:5d} {row['kernel']}", flush=True)
+        found[what]["launches"] = _by_configuration(launched.all, profiled)
+        for row in found[what]["launches"][:25]:
+            print(f"{what} {row['microseconds']:9.1f} us {row['gigabytes_per_second']:6.0f} GB/s {row['told']}")
     return found
 
 
+def _by_configuration(launches, profiled) -> list[dict]:
+    """Time of the launches of each configuration of our kernels."""
+    from torch.autograd import DeviceType
+
+    from benchmarks import aot
+
+    names = {launch.kernel.fn.__name__ for launch in launches}
+    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and e.name in names]
+    events.sort(key=lambda event: event.time_range.start)
+    if [event.name for event in events] != [launch.kernel.fn.__name__ for launch in launches]:
+        return []  # on the CPU, or where the profiler lost some
+    rows = {}
+    for event, launch in zip(events, launches):
+        told = f"{event.name} {launch.grid} {aot.told(aot.specialized(launch)[1])}"
+        row = rows.setdefault(told, {"told": told, "calls": 0, "microseconds": 0.0, "bytes": 0.0})
+        row["calls"] += 1
+        row["microseconds"] += event.time_range.elapsed_us()
+        row["bytes"] += launch.moved
+    for row in rows.values():
+        row["gigabytes_per_second"] = row["bytes"] / row["microseconds"] / 1e3
+    return sorted(rows.values(), key=lambda row: -row["microseconds"])
+
+
 def tuning(options):
-    """One quantity of the block shapes at a time: the time of a cell, forward and backward, of each third."""
-    import torch
-    from fpdarts.kernels.triton import tuning as tables
-    from fpdarts.kernels.triton.plan import plan
+    from benchmarks import tune
 
-    from benchmarks.cases import Setting, build
-    from benchmarks.limits import timed
-    from benchmarks.sides import Side
-
-    torch.set_float32_matmul_precision("high")
-    shapes = ((4, 4),) if options.dry_run else ((16, 32), (32, 16), (64, 8))
-    rounds, results = (1, 10)[not options.dry_run], []
-    for channels, size in shapes:
-        setting = Setting(2 if options.dry_run else 256, channels, image_size=size, device=options.device)
-        best = dict(tables.KNOBS)
-        for knob, values in tables.CANDIDATES.items():
-            times = {}
-            for value in values[:1] if options.dry_run else values:
-                tables.KNOBS.update(best | {knob: value})
-                plan.cache_clear()  # its tables hold how sums were cut
-                try:
-                    case = build("cell", Side("triton", bf16=not options.dry_run), setting)
-                    case.step(0)
-                    times[str(value)] = min(timed(lambda: case.step(0), options.device) for _ in range(rounds))
-                except Exception as error:  # a shape that the chip cannot hold
-                    times[str(value)] = None
-                    print(f"{channels} {knob}={value}: {type(error).__name__}", flush=True)
-            measured = {value: times[str(value)] for value in values if times.get(str(value)) is not None}
-            best[knob] = min(measured, key=measured.get, default=best[knob])
-            results.append({"channels": channels, "size": size, "knob": knob, "seconds": times, "best": best[knob]})
-            print(f"C={channels} {knob}: {times} -> {best[knob]}", flush=True)
-    return {"rows": results}
+    return tune.tune(options.device, dry_run=options.dry_run)
 
 
 def _data(options) -> str:
@@ -265,6 +307,7 @@ def retrain(options):
 
 WORK = {
     "environment": environment,
+    "compile": compile_kernels,
     "check-fp32": lambda options: check(options, "off"),
     "check-bf16": lambda options: check(options, "off" if options.dry_run else "bf16"),
     "steps-bf16": lambda options: steps(options, "high", True),

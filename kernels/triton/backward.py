@@ -8,7 +8,7 @@ from .convolution import convolve_dgrad, convolve_wgrad
 from .forward import Forward
 from .launch import launch, padded, pieces
 from .mixture import draw_kernel, mix_bwd_kernel, node_reduce_kernel, state_bwd_kernel
-from .packing import contract_kernel, gather_kernel
+from .packing import collect, contract_kernel, gather_kernel
 
 
 class Backward:
@@ -25,7 +25,7 @@ class Backward:
         self.parts = min(tuning.tiles(p.m), 64)
         tiles = tuning.tiles(max(p.m, p.m_in))
         # of nodes and of convolutions; of input states, in tiles of half the size
-        shares = max(p.counters * self.parts, 2 * p.edges * len(p.convolutions) * tiles, 2 * 2 * p.k * 2 * tiles)
+        shares = max(p.node_jobs * self.parts, 2 * p.edges * len(p.convolutions) * tiles, 2 * 2 * p.k * 2 * tiles)
         self.partial = torch.empty(shares * p.c, device=device)
 
     @property
@@ -166,16 +166,16 @@ class Backward:
             )  # fmt: skip
 
         gradient = torch.empty_like(work.weights)
-        tensors = {"partial_ptr": buffer, "out_ptr": gradient}
+        tensors = {"dense_ptr": buffer, "out_ptr": gradient}
+        collect(buffer, buffer, *p.jobs("collect", (), p.collect_jobs))
         rows, jobs = p.jobs("contract", (), p.contract_jobs)
         if rows:
-            moved = 2 * 4 * c * c * sum(job[2] * job[5] for job in rows)  # written before, read now
             launch(
-                contract_kernel, (len(rows),), tensors | {"weights_ptr": work.weights, "jobs_ptr": jobs}, moved, C=c,
+                contract_kernel, (len(rows),), tensors | {"weights_ptr": work.weights, "jobs_ptr": jobs}, 0, C=c,
                 P=padded(c),
             )  # fmt: skip
         rows, jobs = p.jobs("gather", (), p.gather_jobs)
-        largest = max(job[4] * job[5] * job[6] for job in rows)
+        largest = max(job[2] * job[3] * job[4] for job in rows)
         launch(gather_kernel, (pieces(largest, 256), len(rows)), tensors | {"jobs_ptr": jobs}, 0, C=c, BLOCK=256)
         return gradient
 

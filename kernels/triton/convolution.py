@@ -22,7 +22,7 @@ from torch import Tensor
 from ..spec import EPSILON
 from . import tuning
 from .launch import dot_options, kernel, launch, padded, pieces
-from .statistics import finishes_last, merge_statistics, merge_sums
+from .statistics import counters_of, take_statistics, take_sums
 
 
 @triton.jit
@@ -140,14 +140,10 @@ def convolve_fwd_kernel(
         count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
         sums = tl.sum(value, 0)  # rows outside are 0: their inputs were
         away = tl.where(inside[:, None], value - (sums / count)[None, :], 0.0)
-        where = partial_ptr + ((first + e) * tl.num_programs(0) + tile) * 2 * C + co
-        tl.store(where, sums, mask=kept)
-        tl.store(where + C, tl.sum(away * away, 0), mask=kept)
-        if finishes_last(counters_ptr + tl.program_id(1), tl.num_programs(0)):
-            merge_statistics(
-                partial_ptr, mean_ptr, inverse_ptr, variance_ptr, first + e, co, kept, M, tl.num_programs(0), EPSILON,
-                C, BLOCK, 16,
-            )  # fmt: skip
+        take_statistics(
+            partial_ptr, counters_ptr + counters_of(tl.program_id(1), tl.num_programs(0)), mean_ptr, inverse_ptr,
+            variance_ptr, sums, tl.sum(away * away, 0), first + e, co, kept, M, EPSILON, C, BLOCK,
+        )  # fmt: skip
 
 
 @kernel
@@ -220,15 +216,12 @@ def convolve_dgrad_kernel(
     dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     tl.store(dx_ptr + (rows.to(tl.int64) * DX_ROW)[:, None] + ci[None, :], out.to(dx_ptr.dtype.element_ty), mask=mask)
     if NORMALIZE:
-        job, tiles = tl.program_id(1), tl.num_programs(0)
-        partial_ptr += job * tiles * 2 * C_IN
-        where = partial_ptr + tile * 2 * C_IN + ci
-        tl.store(where, tl.sum(out, 0), mask=ci < C_IN)
-        tl.store(where + C_IN, tl.sum(out * value, 0), mask=ci < C_IN)
-        if finishes_last(counters_ptr + job, tiles):
-            sums_ptr += tl.load(jobs_ptr + 5) * C_IN
-            merge_sums(partial_ptr, sums_ptr, ci, ci < C_IN, tiles, 2 * C_IN, 16)
-            merge_sums(partial_ptr + C_IN, sums_ptr + C_IN, ci, ci < C_IN, tiles, 2 * C_IN, 16)
+        sums_ptr += tl.load(jobs_ptr + 5) * C_IN
+        job = tl.program_id(1)
+        take_sums(
+            partial_ptr, counters_ptr + counters_of(job * tl.num_programs(2) + tl.program_id(2), tl.num_programs(0)),
+            sums_ptr, sums_ptr + C_IN, tl.sum(out, 0), tl.sum(out * value, 0), job, ci, ci < C_IN, C_IN,
+        )  # fmt: skip
 
 
 @kernel
@@ -298,7 +291,8 @@ def convolve_fwd(
     training: bool, moved: float,
 ):  # fmt: skip
     """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
-    training: statistics (mean_ptr, inverse_ptr, variance_ptr) of the outputs are taken. counters: zeros, one a job."""
+    training: statistics (mean_ptr, inverse_ptr, variance_ptr) of the outputs are taken. counters: zeros, see
+    statistics.counters."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges, options = padded(edges), dot_options(out.dtype)
     options |= tuning.convolution(p_in, edges * p, options["PRECISION"], out.element_size())

@@ -10,7 +10,7 @@ import triton.language as tl
 from .affine import activated, affine, incoming, path_scale
 from .convolution import position, within
 from .launch import kernel
-from .statistics import finishes_last, merge_sums
+from .statistics import counters_of, take_sums
 
 
 @kernel
@@ -157,13 +157,12 @@ def source_bwd_kernel(
     if NORMALIZE:
         d, tiles = stored.to(tl.float32), tl.num_programs(0)
         inverse = tl.load(inverse_ptr + row * C + c, mask=kept, other=0.0)
-        partial_ptr += job * tiles * 2 * C
-        tl.store(partial_ptr + tile * 2 * C + c, tl.sum(d, 0), mask=kept)
         normalized = (raw - mean[None, :]) * inverse[None, :]
-        tl.store(partial_ptr + tile * 2 * C + C + c, tl.sum(d * normalized, 0), mask=kept)
-        if finishes_last(counters_ptr + job * tl.num_programs(2) + block, tiles):
-            merge_sums(partial_ptr, gradient_ptr + (ROWS + row) * C, c, kept, tiles, 2 * C, 32)
-            merge_sums(partial_ptr + C, gradient_ptr + row * C, c, kept, tiles, 2 * C, 32)
+        take_sums(
+            partial_ptr, counters_ptr + counters_of(job * tl.num_programs(2) + block, tiles),
+            gradient_ptr + (ROWS + row) * C, gradient_ptr + row * C, tl.sum(d, 0), tl.sum(d * normalized, 0), job, c,
+            kept, C,
+        )  # fmt: skip
 
 
 @kernel
@@ -199,16 +198,3 @@ def depthwise_wgrad_kernel(
     taps = side * side
     where = tl.load(jobs_ptr + 5) + part * (taps * C) + c * taps + tap
     tl.store(partial_ptr + where, tl.sum(total, 0), mask=kept)
-
-
-@kernel
-def collect_kernel(partial_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr):
-    """Sums the parts of gradients, in order. Grid (blocks, jobs): partial offset, elements, parts, out offset."""
-    jobs_ptr += tl.program_id(1) * 4
-    size = tl.load(jobs_ptr + 1).to(tl.int32)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    partial_ptr += tl.load(jobs_ptr) + i
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(0, tl.load(jobs_ptr + 2).to(tl.int32)):
-        total += tl.load(partial_ptr + part * size, mask=i < size, other=0.0)
-    tl.store(out_ptr + tl.load(jobs_ptr + 3) + i, total, mask=i < size)

@@ -3,11 +3,12 @@
 import torch
 
 from . import tuning
-from .depthwise import collect_kernel, depthwise_wgrad_kernel, source_bwd_kernel
+from .depthwise import depthwise_wgrad_kernel, source_bwd_kernel
 from .derived_forward import TRITON_DTYPE, Work
 from .derived_plan import NOWHERE, Factorized
 from .join import join_reduce_kernel
 from .launch import dot_options, launch, pieces
+from .packing import collect
 from .pointwise import pointwise_dgrad_kernel, pointwise_wgrad_kernel
 
 
@@ -140,7 +141,7 @@ class Gradients:
             run, sizes = convolution(*arguments, end)
             launches.append(run)
             places.extend(sizes)
-            start, size, parts, _ = places[-1]
+            start, size, parts, _, _ = places[-1]
             end = start + size * parts
 
         live = [v for v in p.convolutions if v.edge // 2 + 2 in p.spec.live]
@@ -169,11 +170,7 @@ class Gradients:
         for run in launches:
             run(partial)
         _, jobs = p.table(("collect", tuple(map(tuple, places))), lambda: places)
-        largest = max(size for _, size, _, _ in places)
-        launch(
-            collect_kernel, (pieces(largest, 256), len(places)),
-            {"partial_ptr": partial, "out_ptr": self.flat, "jobs_ptr": jobs}, 4 * 2 * end, BLOCK=256,
-        )  # fmt: skip
+        collect(partial, self.flat, places, jobs)
 
     def _half(self, v: Factorized, half: int, arriving):
         width = self.p.c // 2 if half == 0 else self.p.c - self.p.c // 2
@@ -187,7 +184,7 @@ class Gradients:
         parts = min(pieces(p.m, work.options["BLOCK"]), parts)
         places = []
         for v in convolutions:
-            places.append([start, v.side**2 * p.c, parts, v.depthwise_at])
+            places.append([start, v.side**2 * p.c, parts, v.depthwise_at, v.side**2 * p.c])
             start += parts * v.side**2 * p.c
 
         def run(partial):
@@ -211,7 +208,7 @@ class Gradients:
         parts = min(pieces(m, options["BLOCK"]), pieces(tuning.KNOBS["programs"], len(found) * blocks))
         places, rows = [], []
         for *row, at, width in found:
-            places.append([start, width * c_in, parts, at])
+            places.append([start, width * c_in, parts, at, width * c_in])
             rows.append([*row, start])
             start += parts * width * c_in
 

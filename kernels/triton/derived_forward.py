@@ -31,7 +31,7 @@ class Work:
             self.inverse = (self.variance + EPSILON).rsqrt()
         self.drop = path_scales is not None
         self.scales = path_scales.float().contiguous() if self.drop else self.params
-        self.counters = torch.zeros(2 * len(p.spec.edges) * p.c, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(p.counters, dtype=torch.int32, device=device)
         self.options = tuning.derived(p.c)
         self.blocks = pieces(p.c, self.options["COLUMNS"])
         self.bytes = dtype.itemsize

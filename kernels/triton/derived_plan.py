@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 import torch
 
 from ..spec import OPERATIONS, DerivedCellSpec
+from .launch import pieces
+from .statistics import counters
 
 MAP, MAXIMA, AVERAGES = 0, 1, 2  # how a node reads a map
 NOWHERE = -1
@@ -60,6 +62,9 @@ class DerivedPlan:
         self.inner, self.stride = size, 2 if spec.reduction else 1
         self.outer = size[0] // self.stride, size[1] // self.stride
         self.m_in, self.m = n * math.prod(self.inner), n * math.prod(self.outer)
+        # of at most two normalizations an edge, a block of channels at a time, in the smallest tiles that there are
+        tiles = pieces(max(self.m_in, self.m), 32)
+        self.counters = counters(2 * len(spec.edges) * pieces(self.c, 16), tiles)
         self.rows, self.out_row = len(spec.normalizations), len(spec.concat) * self.c
         self._tables, self.space, self.d_space, self.indices, self.arranged = {}, 0, 0, 0, 0
 

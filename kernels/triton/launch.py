@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,12 +13,21 @@ _SIZES = ["M", "H", "W", "OH", "OW", "IMAGES", "first", "ROWS", "LAST", "COUNTER
 kernel = triton.jit(do_not_specialize=_SIZES)
 
 
+class Launch(NamedTuple):
+    """For who wants to compile, or to time, what runs. moved: bytes."""
+
+    kernel: triton.runtime.JITFunction
+    grid: tuple[int, ...]
+    tensors: dict
+    arguments: dict
+    moved: float
+
+
 class Launches:
-    """What the launchers did: launches and bytes by kernel, for closed paths none. arguments: (kernel, tensors, the
-    rest) of each launch, for who wants to compile what would run."""
+    """What the launchers did: launches and bytes by kernel, for closed paths none, and all launches in order."""
 
     def __init__(self):
-        self.launches, self.bytes, self.arguments = Counter(), Counter(), []
+        self.launches, self.bytes, self.all = Counter(), Counter(), []
 
 
 _counting: list[Launches] = []
@@ -42,7 +52,7 @@ def launch(function, grid: tuple[int, ...], tensors: dict, moved: float, **argum
     for counter in _counting:
         counter.launches[function.fn.__name__] += 1
         counter.bytes[function.fn.__name__] += moved
-        counter.arguments.append((function, tensors, arguments))
+        counter.all.append(Launch(function, grid, tensors, arguments, moved))
     if next(iter(tensors.values())).device.type != "meta":
         function[grid](**tensors, **arguments)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .convolution import position
 from .launch import kernel
-from .statistics import finishes_last, merge_sums
+from .statistics import counters_of, finishes_last, merge_sums, take_sums
 
 
 @kernel
@@ -30,6 +30,9 @@ def mix_fwd_kernel(
     nothing, and so stays where closed. Counters start as 0.
     """
     c = tl.arange(0, P)
+    for start in range(tl.program_id(0) * BLOCK, COUNTERS, tl.num_programs(0) * BLOCK):
+        counter = start + tl.arange(0, BLOCK)
+        tl.store(counters_ptr + counter, 0, mask=counter < COUNTERS)
     if tl.program_id(0) == 0:
         r = tl.arange(0, BLOCK)
         mask = r < EDGES
@@ -54,9 +57,6 @@ def mix_fwd_kernel(
                     through += gate
             tl.store(out_ptr + OPERATIONS + s, beta * through, mask=mask)
         tl.store(coefficients_ptr + LAST, 1.0)
-        for start in range(0, COUNTERS, BLOCK):
-            counter = start + tl.arange(0, BLOCK)
-            tl.store(counters_ptr + counter, 0, mask=counter < COUNTERS)
     else:
         row = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
         mask = row < ROWS
@@ -289,15 +289,12 @@ def state_bwd_kernel(
         tl.store(out + where, stored, mask=mask)
         total = stored.to(tl.float32)
         state = tl.load(state_ptr + tl.multiple_of(tl.load(jobs_ptr + 6), 8) + where, mask=mask, other=0.0)
-        job, tiles = tl.program_id(1), tl.num_programs(0)
-        partial_ptr += job * tiles * 2 * C
-        place = partial_ptr + tile * 2 * C + c
-        tl.store(place, tl.sum(total, 0), mask=c < C)
-        tl.store(place + C, tl.sum(total * state.to(tl.float32), 0), mask=c < C)
-        if finishes_last(counters_ptr + job, tiles):
-            sums_ptr += tl.load(jobs_ptr + 9) * C
-            merge_sums(partial_ptr, sums_ptr, c, c < C, tiles, 2 * C, 32)
-            merge_sums(partial_ptr + C, sums_ptr + C, c, c < C, tiles, 2 * C, 32)
+        sums_ptr += tl.load(jobs_ptr + 9) * C
+        job = tl.program_id(1)
+        take_sums(
+            partial_ptr, counters_ptr + counters_of(job, tl.num_programs(0)), sums_ptr, sums_ptr + C, tl.sum(total, 0),
+            tl.sum(total * state.to(tl.float32), 0), job, c, c < C, C,
+        )  # fmt: skip
 
 
 @kernel

@@ -1,8 +1,9 @@
 """A cell's packed weights, laid end to end, to the dense weights of its convolutions, and the gradients' way back."""
 
 import triton.language as tl
+from torch import Tensor
 
-from .launch import kernel
+from .launch import kernel, launch, pieces
 
 
 @kernel
@@ -22,25 +23,19 @@ def expand_kernel(weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constex
 
 
 @kernel
-def contract_kernel(partial_ptr, weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr):
-    """Grid (jobs,), a stage of an edge each: depthwise offset, pointwise offset, taps, partial offset, distance of its
-    parts, parts. The gradient of the dense weight, summed over the parts in order, becomes those of its two factors,
-    which lie in out as the weights do.
+def contract_kernel(dense_ptr, weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr):
+    """Grid (jobs,), a stage of an edge each: depthwise offset, pointwise offset, taps, dense offset. The gradient of
+    the dense weight becomes those of its two factors, which lie in out as the weights do.
     """
-    jobs_ptr += tl.program_id(0) * 6
+    jobs_ptr += tl.program_id(0) * 4
     at_depthwise, at_pointwise = tl.load(jobs_ptr), tl.load(jobs_ptr + 1)
-    partial_ptr += tl.load(jobs_ptr + 3)
-    distance, parts = tl.load(jobs_ptr + 4), tl.load(jobs_ptr + 5).to(tl.int32)
+    dense_ptr += tl.load(jobs_ptr + 3)
     c, ci, co = tl.arange(0, P), tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
     mask = (ci < C) & (co < C)
     pointwise = tl.load(weights_ptr + at_pointwise + ci * C + co, mask=mask, other=0.0)
     d_pointwise = tl.zeros([P, P], tl.float32)
     for tap in range(0, tl.load(jobs_ptr + 2).to(tl.int32)):
-        dense = tl.zeros([P, P], tl.float32)
-        where = partial_ptr + (tap * C + ci) * C + co
-        for _ in range(0, parts):
-            dense += tl.load(where, mask=mask, other=0.0)
-            where += distance
+        dense = tl.load(dense_ptr + (tap * C + ci) * C + co, mask=mask, other=0.0)
         depthwise = tl.load(weights_ptr + at_depthwise + tap * C + c, mask=c < C, other=0.0)
         d_pointwise += dense * depthwise[:, None]
         tl.store(out_ptr + at_depthwise + tap * C + c, tl.sum(dense * pointwise, 1), mask=c < C)
@@ -67,21 +62,43 @@ def halves_kernel(weights_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr):
 
 
 @kernel
-def gather_kernel(partial_ptr, out_ptr, jobs_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of weights that are dense already. Grid (blocks, jobs): partial offset, distance of its parts, parts,
-    out offset, edges, rows, columns, tap, first column, distance of edges, distance of slices in partial. out[e, row,
-    column] = sum over parts of partial[e][slice][tap, row, channel], column = slice * C + channel.
+def gather_kernel(dense_ptr, out_ptr, jobs_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of weights that are dense already. Grid (blocks, jobs): dense offset, out offset, edges, rows, columns,
+    tap, first column, distance of edges, distance of slices in dense. out[e, row, column] = dense[e][slice][tap, row,
+    channel], column = slice * C + channel.
     """
-    jobs_ptr += tl.program_id(1) * 11
-    rows, columns = tl.load(jobs_ptr + 5), tl.load(jobs_ptr + 6)
+    jobs_ptr += tl.program_id(1) * 9
+    rows, columns = tl.load(jobs_ptr + 3), tl.load(jobs_ptr + 4)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < tl.load(jobs_ptr + 4) * rows * columns
-    column, row, e = i % columns + tl.load(jobs_ptr + 8), (i // columns) % rows, i // (columns * rows)
-    where = partial_ptr + tl.load(jobs_ptr) + e * tl.load(jobs_ptr + 9) + (column // C) * tl.load(jobs_ptr + 10)
-    where += (tl.load(jobs_ptr + 7) * rows + row) * C + column % C
-    total = tl.zeros([BLOCK], tl.float32)
-    distance = tl.load(jobs_ptr + 1)
-    for _ in range(0, tl.load(jobs_ptr + 2).to(tl.int32)):
-        total += tl.load(where, mask=mask, other=0.0)
-        where += distance
-    tl.store(out_ptr + tl.load(jobs_ptr + 3) + i, total, mask=mask)
+    mask = i < tl.load(jobs_ptr + 2) * rows * columns
+    column, row, e = i % columns + tl.load(jobs_ptr + 6), (i // columns) % rows, i // (columns * rows)
+    where = dense_ptr + tl.load(jobs_ptr) + e * tl.load(jobs_ptr + 7) + (column // C) * tl.load(jobs_ptr + 8)
+    where += (tl.load(jobs_ptr + 5) * rows + row) * C + column % C
+    tl.store(out_ptr + tl.load(jobs_ptr + 1) + i, tl.load(where, mask=mask, other=0.0), mask=mask)
+
+
+@kernel
+def collect_kernel(partial_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Sums the parts of gradients, always in the same order. Grid (blocks, jobs): partial offset, elements, parts, out
+    offset, distance of the parts."""
+    jobs_ptr += tl.program_id(1) * 5
+    size, parts = tl.load(jobs_ptr + 1).to(tl.int32), tl.load(jobs_ptr + 2).to(tl.int32)
+    distance = tl.load(jobs_ptr + 4)
+    if tl.program_id(0) * BLOCK < size:
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        partial_ptr += tl.load(jobs_ptr)
+        total = tl.zeros([PARTS, BLOCK], tl.float32)
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)
+            where = (part * distance)[:, None] + i[None, :]
+            total += tl.load(partial_ptr + where, mask=(part < parts)[:, None] & (i < size)[None, :], other=0.0)
+        tl.store(out_ptr + tl.load(jobs_ptr + 3) + i, tl.sum(total, 0), mask=i < size)
+
+
+def collect(partial: Tensor, out: Tensor, rows: list[list[int]], jobs: Tensor):
+    """rows: as collect_kernel's jobs. out may be partial, each result in its first part's place."""
+    moved = 4 * sum(size * (parts + 1) for _, size, parts, _, _ in rows)
+    launch(
+        collect_kernel, (pieces(max(row[1] for row in rows), 32), len(rows)),
+        {"partial_ptr": partial, "out_ptr": out, "jobs_ptr": jobs}, moved, BLOCK=32, PARTS=64,
+    )  # fmt: skip

@@ -6,11 +6,11 @@ from torch import Tensor
 from ..spec import EPSILON
 from . import tuning
 from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
-from .launch import launch, padded, pieces
+from .launch import launch, padded
 from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
-from .packing import contract_kernel, expand_kernel, gather_kernel
+from .packing import collect, contract_kernel, expand_kernel
 from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
-from .statistics import moments_kernel
+from .statistics import counters, moments_kernel
 
 EDGES = 4  # of one job, as in a cell
 
@@ -34,8 +34,8 @@ def _no_statistics(device) -> dict[str, Tensor]:
     return dict.fromkeys(("mean_ptr", "inverse_ptr", "variance_ptr"), torch.empty(1, device=device))
 
 
-def _counters(device, count: int = 1) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+def _counters(device, tiles: int, jobs: int = 1) -> Tensor:
+    return torch.zeros(counters(jobs, tiles), dtype=torch.int32, device=device)
 
 
 def _new(n: int, c: int, size, like: Tensor) -> Tensor:
@@ -103,12 +103,8 @@ class _Dense(torch.autograd.Function):
                 parts=parts, distance=edges * each, moved=(d.numel() + x.numel()) * x.element_size() + partial.nbytes,
             )  # fmt: skip
             d_weight = torch.empty_like(weight)
-            job = [0, edges * each, parts, 0, 1, edges * taps * c_in, c, 0, 0, 0, 0]
-            launch(
-                gather_kernel, (pieces(weight.numel(), 256), 1),
-                {"partial_ptr": partial, "out_ptr": d_weight, "jobs_ptr": _table([job], x.device)}, partial.nbytes, C=c,
-                BLOCK=256,
-            )  # fmt: skip
+            row = [0, edges * each, parts, 0, edges * each]
+            collect(partial, d_weight, [row], _table([row], x.device))
         return d_x, d_weight, None, None
 
 
@@ -133,8 +129,8 @@ class _Expand(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         edges, taps, c = ctx.shape
         gradient = torch.empty_like(weights)
-        jobs = [[e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c, 0, 1] for e in range(edges)]
-        tensors = {"partial_ptr": d.contiguous(), "weights_ptr": weights, "out_ptr": gradient}
+        jobs = [[e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c] for e in range(edges)]
+        tensors = {"dense_ptr": d.contiguous(), "weights_ptr": weights, "out_ptr": gradient}
         launch(contract_kernel, (edges,), tensors | {"jobs_ptr": _table(jobs, d.device)}, 0, C=c, P=padded(c))
         depthwise, pointwise = gradient.split([edges * taps * c, edges * c * c])
         return depthwise.view(edges, taps, c), pointwise.view(edges, c, c)
@@ -187,7 +183,8 @@ class _Pooling(torch.autograd.Function):
         tensors = {
             "d_ptr": d, "dx_ptr": d, "d_pooled_ptr": d, "index_ptr": index, "d_out_ptr": d, "state_ptr": d_x,
             "out_ptr": d_x, "partial_ptr": partial, "sums_ptr": sums, "coefficients_ptr": zeros, "opened_ptr": opened,
-            "counters_ptr": _counters(d.device), "jobs_ptr": jobs, "poolings_ptr": poolings, "through_ptr": through,
+            "counters_ptr": _counters(d.device, tuning.tiles(m)), "jobs_ptr": jobs, "poolings_ptr": poolings,
+            "through_ptr": through,
         }  # fmt: skip
         launch(
             state_bwd_kernel, (tuning.tiles(m), 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), M=m,
@@ -215,7 +212,7 @@ class _Normalize(torch.autograd.Function):
             tensors = {
                 "x_ptr": raw, "partial_ptr": partial, "mean_ptr": table, "inverse_ptr": scales, "variance_ptr":
                 variance,
-                "counter_ptr": _counters(device),
+                "counter_ptr": _counters(device, tuning.tiles(m)),
             }  # fmt: skip
             launch(
                 moments_kernel,
@@ -258,7 +255,8 @@ class _Normalize(torch.autograd.Function):
         partial, sums = torch.empty(2 * parts * c, device=device), torch.empty(2, c, device=device)
         tensors = {
             "d_ptr": d, "work_ptr": raw, "mean_ptr": table, "inverse_ptr": scales, "coefficients_ptr": one,
-            "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": _counters(device, 2), "entries_ptr": entries,
+            "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": _counters(device, parts, 2),
+            "entries_ptr": entries,
         }  # fmt: skip
         launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **block)
         d_raw = torch.empty_like(raw)

@@ -352,9 +352,25 @@ class Plan(Layout):
                     ])  # fmt: skip
         return jobs
 
+    def collect_jobs(self):
+        """In place: the sum goes where the first part was."""
+        jobs, c = [], self.c
+        for which, sources, parts, distance, start in self.weight_gradients[0]:
+            if isinstance(which, str):
+                jobs.append([start, distance, parts, start, distance])
+                continue
+            rows = self.rows_of(sources) if which == 0 else range(self.edges)
+            for v in self.convolutions:
+                each = v.taps * c * c
+                for row in rows:
+                    if v.stage == which and self.has_row(v, row):
+                        at = start + self.dense_at[v.name] + row * each
+                        jobs.append([at, each, parts, at, distance])
+        return jobs
+
     def contract_jobs(self):
         jobs = []
-        for which, sources, parts, distance, start in self.weight_gradients[0]:
+        for which, sources, _, _, start in self.weight_gradients[0]:
             rows = self.rows_of(sources) if which == 0 else range(self.edges)
             for v in self.convolutions:
                 if v.stage == which and not v.skew:
@@ -363,22 +379,22 @@ class Plan(Layout):
                         jobs.append([
                             self.weight_at[v.depthwise] + row * v.taps * self.c,
                             self.weight_at[v.pointwise] + row * self.c * self.c,
-                            v.taps, start + self.dense_at[v.name] + row * each, distance, parts,
+                            v.taps, start + self.dense_at[v.name] + row * each,
                         ])  # fmt: skip
         return jobs
 
     def gather_jobs(self):
         jobs, c, wide = [], self.c, self.c * self.k
-        for which, sources, parts, distance, start in self.weight_gradients[0]:
+        for which, sources, _, _, start in self.weight_gradients[0]:
             if which == 0 and self.strided and sources == (0, 1):
                 for v in self.convolutions:
                     if v.skew:
-                        at = start + self.dense_at[v.name], distance, parts
+                        at = start + self.dense_at[v.name]
                         for tap, (half, first, columns) in enumerate(
                             (("even", 0, c // 2), ("odd", c // 2, c - c // 2))
                         ):
                             out = self.weight_at[f"{v.name}_{half}"]
-                            jobs.append([*at, out, self.spec.strided_rows, c, columns, tap, first, 2 * c * c, 0])
+                            jobs.append([at, out, self.spec.strided_rows, c, columns, tap, first, 2 * c * c, 0])
             if isinstance(which, str):
                 i = int(which[-1])
                 taps, rows = self.preprocess_geometry(i)[0], self.spec.input_channels[i]
@@ -386,8 +402,7 @@ class Plan(Layout):
                 if taps == 2:
                     halves = (f"{which}_even", 0, wide // 2), (f"{which}_odd", wide // 2, wide - wide // 2)
                 for tap, (name, first, columns) in enumerate(halves):
-                    at = start, distance, parts
-                    jobs.append([*at, self.weight_at[name], 1, rows, columns, tap, first, 0, taps * rows * c])
+                    jobs.append([start, self.weight_at[name], 1, rows, columns, tap, first, 0, taps * rows * c])
         return jobs
 
 

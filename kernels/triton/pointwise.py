@@ -12,7 +12,7 @@ import triton.language as tl
 from .affine import activated, affine, drawing, drawn, incoming, path_scale
 from .convolution import position
 from .launch import kernel
-from .statistics import finishes_last, merge_statistics
+from .statistics import counters_of, take_statistics
 
 
 @triton.jit
@@ -64,13 +64,10 @@ def pointwise_fwd_kernel(
         value = tl.where(inside[:, None], stored.to(tl.float32), 0.0)
         sums = tl.sum(value, 0)
         away = tl.where(inside[:, None], value - (sums / tl.minimum(M - tile * BLOCK, BLOCK))[None, :], 0.0)
-        where = partial_ptr + (row * tiles + tile) * 2 * C + c
-        tl.store(where, sums, mask=kept)
-        tl.store(where + C, tl.sum(away * away, 0), mask=kept)
-        if finishes_last(counters_ptr + job * tl.num_programs(2) + block, tiles):
-            merge_statistics(
-                partial_ptr, mean_ptr, inverse_ptr, variance_ptr, row + j * 0, c, kept, M, tiles, EPSILON, C, BLOCK, 16
-            )
+        take_statistics(
+            partial_ptr, counters_ptr + counters_of(job * tl.num_programs(2) + block, tiles), mean_ptr, inverse_ptr,
+            variance_ptr, sums, tl.sum(away * away, 0), row + j * 0, c, kept, M, EPSILON, C, BLOCK,
+        )  # fmt: skip
 
 
 @kernel

@@ -4,7 +4,7 @@ import triton.language as tl
 
 from .convolution import position
 from .launch import kernel
-from .statistics import finishes_last, merge_statistics
+from .statistics import counters_of, take_statistics
 
 MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
 
@@ -59,11 +59,7 @@ def pool_fwd_kernel(
             count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
             sums = tl.sum(value, 0)
             away = tl.where(mask, value - (sums / count)[None, :], 0.0)
-            place = partial_ptr + (instance * tl.num_programs(0) + tile) * 2 * C + c
-            tl.store(place, sums, mask=c < C)
-            tl.store(place + C, tl.sum(away * away, 0), mask=c < C)
-            if finishes_last(counters_ptr + tl.program_id(1), tl.num_programs(0)):
-                merge_statistics(
-                    partial_ptr, mean_ptr, inverse_ptr, variance_ptr, instance + c * 0, c, c < C, M, tl.num_programs(0),
-                    EPSILON, C, BLOCK, 32,
-                )  # fmt: skip
+            take_statistics(
+                partial_ptr, counters_ptr + counters_of(tl.program_id(1), tl.num_programs(0)), mean_ptr, inverse_ptr,
+                variance_ptr, sums, tl.sum(away * away, 0), instance + c * 0, c, c < C, M, EPSILON, C, BLOCK,
+            )  # fmt: skip

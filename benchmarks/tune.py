@@ -1,0 +1,113 @@
+"""Block shapes of the search's matrix products, timed on the GPU at hand: what ``kernels/triton/tuning.py`` is to hold.
+
+Every launch of a weight step and of an architecture step (CIFAR-10, batch 256, both paths, bfloat16) is repeated as it
+was, with other steps of the sum, warps and stages of the pipeline. All of these are compiled before, on all cores.
+"""
+
+import itertools
+import statistics
+
+import torch
+
+from benchmarks import aot
+
+# Only what leaves grids and buffers as they are.
+CANDIDATES = {
+    "convolve_fwd_kernel": {"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+    "convolve_dgrad_kernel": {"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+    "convolve_wgrad_kernel": {"BLOCK": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+    "state_bwd_kernel": {"num_warps": (2, 4, 8, 16)},
+    "pool_fwd_kernel": {"num_warps": (2, 4, 8)},
+    "node_fwd_kernel": {"num_warps": (2, 4, 8)},
+    "node_reduce_kernel": {"num_warps": (2, 4, 8)},
+    "draw_kernel": {"num_warps": (2, 4, 8)},
+}
+
+
+def variants(launch) -> list:
+    """The launch with each choice of options."""
+    options = CANDIDATES[launch.kernel.fn.__name__]
+    found = []
+    for values in itertools.product(*options.values()):
+        found.append(launch._replace(arguments=launch.arguments | dict(zip(options, values))))
+    return found
+
+
+def distinct(launches) -> dict[str, list]:
+    """[launch, how often] of each configuration that can be tuned, by what tells it apart."""
+    found = {}
+    for launch in launches:
+        if launch.kernel.fn.__name__ in CANDIDATES:
+            told = f"{launch.kernel.fn.__name__} {launch.grid} {aot.told(aot.specialized(launch)[1])}"
+            found.setdefault(told, [launch, 0])[1] += 1
+    return found
+
+
+def jobs() -> list[dict]:
+    """All that is to be compiled, found on the meta device."""
+    options = aot.Options(dtypes=("bfloat16",), partial=(2,))
+    found = {}
+    for launch, _ in distinct(aot.searched("cifar", torch.bfloat16, options)).values():
+        for variant in variants(launch):
+            key, job = aot.specialized(variant)
+            found[key] = job | {"dtype": "bfloat16"}
+    return list(found.values())
+
+
+def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
+    """{"rows": [{"told", "calls", "seconds": a call as it is, "best", "best_seconds", "times": {options: s}}]}."""
+    from fpdarts.kernels.triton.launch import counting
+
+    from benchmarks.cases import Setting, build
+    from benchmarks.sides import Side
+
+    if not dry_run:
+        errors = aot.compile_all(jobs(), int("".join(map(str, torch.cuda.get_device_capability()))))
+        print(f"{len(errors)} do not compile: {errors[:3]}", flush=True)
+    sizes = dict(batch_size=2, init_channels=4, cells=1, image_size=4) if dry_run else dict(batch_size=256)
+    launches = []
+    for what in ("search-step", "arch-step"):
+        case = build(what, Side("triton", bf16=not dry_run), Setting(**sizes, device=device))
+        case.step(0)
+        with counting() as launched:
+            case.step(1)
+        launches += launched.all
+    rows, total, best_total = [], 0.0, 0.0
+    for told, (launch, calls) in distinct(launches).items():
+        options, times = CANDIDATES[launch.kernel.fn.__name__], {}
+        now = _seconds(launch, device, rounds)
+        for variant in variants(launch)[: 1 if dry_run else None]:
+            name = " ".join(f"{option}={variant.arguments[option]}" for option in options)
+            try:
+                times[name] = _seconds(variant, device, rounds)
+            except Exception as error:  # shapes that the chip cannot hold
+                print(f"{told}: {name}: {type(error).__name__}", flush=True)
+        best = min(times, key=times.get)
+        rows.append(
+            {"told": told, "calls": calls, "seconds": now, "best": best, "best_seconds": times[best], "times": times}
+        )
+        total, best_total = total + calls * now, best_total + calls * min(now, times[best])
+        print(f"{calls:3d} x {now * 1e6:7.1f} -> {times[best] * 1e6:7.1f} us {best}: {told}", flush=True)
+    print(f"in all {total * 1e3:.2f} ms, at best {best_total * 1e3:.2f} ms")
+    return {"rows": rows}
+
+
+def _seconds(launch, device: str, rounds: int) -> float:
+    def once():
+        launch.kernel[launch.grid](**launch.tensors, **launch.arguments)
+
+    if device == "cpu":
+        once()
+        return 0.0
+    times = []
+    for i in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if i == 2:  # warm
+            times.clear()
+        torch.cuda._sleep(500_000)  # cycles, in which the CPU gets ahead: its part of a launch is not to be timed
+        start.record()
+        once()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
