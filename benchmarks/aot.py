@@ -3,10 +3,10 @@
     python -m benchmarks.aot [--arch 80 90] [--dtypes float32 bfloat16 tf32] [--steps search retrain] [--json]
 
 The configurations are those that the launchers ask for on the meta device: in a weight and an architecture step of the
-CIFAR-10 and ImageNet searches with K = 2 and 4, and in a step and an evaluation of both retrainings, of genotypes that
-have every operation. Told are registers, spills, shared memory, the widest load and the tensor core instructions of
-each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads its data in pieces narrower
-than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
+CIFAR-10 and ImageNet searches with K = 2 and 4 and in their evaluation, and in a step and an evaluation of both
+retrainings, of genotypes that have every operation. Told are registers, spills, shared memory, the widest load and the
+tensor core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads
+its data in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
 """
 
 import itertools
@@ -65,7 +65,7 @@ def configurations(options: Options) -> dict[tuple, dict]:
 
 
 def searched(protocol, storage, options):
-    """Launches of a weight step and of an architecture step."""
+    """Launches of a weight step, of an architecture step and of a forward in evaluation."""
     import torch
     import torch.nn.functional as F
     from fpdarts.kernels.triton.launch import counting
@@ -86,6 +86,9 @@ def searched(protocol, storage, options):
                 loss = F.cross_entropy(model(images, torch.ones(model.gate_shape)), labels)
                 torch.autograd.grad(loss, trained, materialize_grads=True)
             yield from launched.all
+        with counting() as launched, torch.no_grad():
+            model.eval()(images, torch.ones(model.gate_shape))
+        yield from launched.all
 
 
 def _retrained(protocol, storage, options):
@@ -142,7 +145,7 @@ def specialized(launch):
             signature[name] = "i64" if abs(arguments[name]) >= 2**31 else "i32"
             if arguments[name] % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(position)
-    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    options = {key: arguments[key] for key in ("num_warps", "num_stages", "maxnreg") if key in arguments}
     job = {
         "kernel": kernel.fn.__name__, "module": kernel.fn.__module__, "signature": signature, "constants": constants,
         "aligned": aligned, "options": options,

@@ -120,7 +120,7 @@ def _setting(options, what, **given):
 
 
 def _compared(options, names, precision, whats=("search-step", "arch-step")):
-    """Every side against the first, each in both kinds of step; a side that fails leaves its message."""
+    """All sides in one run, in each kind of step; where one fails, each against the first, so that the others count."""
     import torch
 
     from benchmarks.compare import compare
@@ -131,20 +131,22 @@ def _compared(options, names, precision, whats=("search-step", "arch-step")):
     dtype = torch.bfloat16 if "bf16" in names[0] else torch.float32
     limits = measure(options.device, dtype, rounds=2 if options.dry_run else 8)
     results = {}
+
+    def add(what, gates, sides):
+        key, memory = f"{what}, {gates}: {', '.join(sides)}", not options.dry_run and gates == "both"
+        rounds = 1 if options.dry_run else 8
+        try:
+            results[key] = compare(what, sides, _setting(options, what, gates=gates), rounds, memory, limits)
+        except Exception as error:
+            results[key] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        print(key, _brief(results[key]), flush=True)
+        return "error" not in results[key]
+
     for what in whats:
         for gates in ("both", "step") if what == "search-step" else ("both",):
-            # under a graph the reference side of the check runs eagerly, so every side can be checked against it
-            for other in names[1:] or names[:1]:
-                key = f"{what}, {gates}, {names[0]} against {other}"
-                try:
-                    pair = list(dict.fromkeys((names[0], other)))
-                    rounds = 1 if options.dry_run else 20
-                    results[key] = compare(
-                        what, pair, _setting(options, what, gates=gates), rounds, not options.dry_run, limits
-                    )
-                except Exception as error:  # one side out of memory is not to hide the others
-                    results[key] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-                print(key, _brief(results[key]), flush=True)
+            if not add(what, gates, names):
+                for other in names[1:]:
+                    add(what, gates, [names[0], other])
     return results
 
 

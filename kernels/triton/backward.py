@@ -55,7 +55,8 @@ class Backward:
             "opened_ptr": work.opened, "jobs_ptr": job_table, "parts_ptr": part_table,
         }  # fmt: skip
         moved = work.moved(lambda: m * p.c * sum(2 + job[6] for job in jobs if work.open_on_host[job[4]]))
-        launch(draw_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, TRAINING=work.training, **work.block)
+        options = work.block | tuning.drawing(padded(p.c))
+        launch(draw_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, TRAINING=work.training, **options)
 
     def group(self, group):
         """From the gradients of the nodes at the edges' ends to that of the group's states."""

@@ -53,10 +53,9 @@ def _offsets(tap, side, dilation, pad, skew):
 
 @triton.jit
 def within(y, x, HEIGHT, WIDTH):
-    """Whether a pixel lies in a map: as an unsigned number, what is negative is too large as well."""
-    return (y.to(tl.uint32, bitcast=True) < HEIGHT.to(tl.uint32)) & (
-        x.to(tl.uint32, bitcast=True) < WIDTH.to(tl.uint32)
-    )
+    """Whether a pixel lies in a map: as an unsigned number, what is negative is too large as well. Sizes are constants,
+    here and wherever pixels are counted: most are powers of two, by which division is a shift."""
+    return (y.to(tl.uint32, bitcast=True) < HEIGHT) & (x.to(tl.uint32, bitcast=True) < WIDTH)
 
 
 @triton.jit
@@ -75,17 +74,17 @@ def _activated(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
     """ReLU, after normalization where there is one. Masked elements were loaded as -inf, and so become 0."""
     x = x.to(tl.float32)
     if NORMALIZE:
-        x = (x - mean[None, :]) * inverse[None, :]
+        x = x * inverse[None, :] - (mean * inverse)[None, :]  # one instruction; all that take its ReLU do it alike
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
 
 
 @kernel
 def convolve_fwd_kernel(
-    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr, M,
-    H, W, OH, OW, EDGE, EPSILON, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
-    WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr,
-    STATISTICS: tl.constexpr, P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr,
+    jobs_ptr, M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, EDGE, EPSILON,
+    STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr,
+    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P_IN: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew,
     first output instance, output offset, edges, statistics row of x. With STATISTICS, those of the outputs are taken,
@@ -148,11 +147,11 @@ def convolve_fwd_kernel(
 
 @kernel
 def convolve_dgrad_kernel(
-    d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, sums_ptr, mean_ptr, inverse_ptr, opened_ptr, counters_ptr, jobs_ptr,
-    segments_ptr, M, H, W, OH, OW, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr,
-    D_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
-    NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, sums_ptr, mean_ptr, inverse_ptr, opened_ptr, counters_ptr,
+    jobs_ptr, segments_ptr, M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, EDGE,
+    STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr,
+    C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments,
     statistics row of x, row of dx's sums. A segment: d offset, first instance, edges, weight offset, weight's edge
@@ -211,7 +210,7 @@ def convolve_dgrad_kernel(
         row = tl.load(jobs_ptr + 4).to(tl.int32)
         mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
         inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
-        value = (value - mean[None, :]) * inverse[None, :]
+        value = value * inverse[None, :] - (mean * inverse)[None, :]
     out = tl.where(mask & (value > 0), total, 0.0)
     dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     tl.store(dx_ptr + (rows.to(tl.int64) * DX_ROW)[:, None] + ci[None, :], out.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -226,10 +225,10 @@ def convolve_dgrad_kernel(
 
 @kernel
 def convolve_wgrad_kernel(
-    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H, W, OH, OW, EDGE, DISTANCE,
-    STRIDE: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr,
-    EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, EDGE, DISTANCE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr,
+    C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P_IN: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, chunks of taps and input channels). A job: x offset, d offset, first instance,
     edges, taps, side, dilation, pad, skew, offset in a part's results, statistics row of x. partial: parts DISTANCE
@@ -255,7 +254,7 @@ def convolve_wgrad_kernel(
     if NORMALIZE:
         mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
         inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
-    total = tl.zeros([BLOCK_K, EDGES * P], tl.float32)
+    total = tl.zeros([EDGES * P, BLOCK_K], tl.float32)
     tiles = tl.where(opened != 0, tl.cdiv(M, BLOCK), 0)
     for tile in range(part, tiles, tl.num_programs(0)):
         rows = tile * BLOCK + tl.arange(0, BLOCK)
@@ -273,14 +272,14 @@ def convolve_wgrad_kernel(
             values = _activated(values, 0.0, 1.0, False, DTYPE)
         where = e.to(tl.int64)[None, :] * EDGE + (rows.to(tl.int64) * D_ROW)[:, None] + co[None, :]
         d = tl.load(d_ptr + where, mask=inside[:, None] & kept[None, :], other=0.0).to(DTYPE)
-        total = tl.dot(tl.trans(values), d, total, input_precision=PRECISION)
-    where = (e * taps * (C_IN * C) + co)[None, :] + ((tap * C_IN + ci) * C)[:, None]
+        total = tl.dot(tl.trans(d), values, total, input_precision=PRECISION)
+    where = (e * taps * (C_IN * C) + co)[:, None] + ((tap * C_IN + ci) * C)[None, :]
     partial_ptr += part.to(tl.int64) * DISTANCE + tl.load(jobs_ptr + 9)
-    tl.store(partial_ptr + where, total, mask=fits[:, None] & ((e < edges) & (co < C))[None, :])
+    tl.store(partial_ptr + where, total, mask=((e < edges) & (co < C))[:, None] & fits[None, :])
 
 
 def _geometry(size, out_size):
-    """Runtime arguments that say where rows lie."""
+    """Arguments that say where rows lie."""
     return {"H": size[0], "W": size[1], "OH": out_size[0], "OW": out_size[1]}
 
 
@@ -319,7 +318,7 @@ def convolve_dgrad(
         edges if edges == 1 else max(edges, 16 // p)
     )  # or else a tap is narrower than a matrix product's step
     options = dot_options(dx.dtype)
-    options |= tuning.data_gradient(p_in, edges * p, options["PRECISION"], dx.element_size())
+    options |= tuning.data_gradient(p_in, edges * p, stride, options["PRECISION"], dx.element_size())
     tensors = {
         "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, "sums_ptr": sums,
         "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened, "counters_ptr": counters, "jobs_ptr": jobs,

@@ -25,8 +25,9 @@ def arrange_kernel(params_ptr, out_ptr, jobs_ptr, C: tl.constexpr, BLOCK: tl.con
 
 @kernel
 def depthwise_fwd_kernel(
-    x_ptr, weight_ptr, params_ptr, mean_ptr, inverse_ptr, out_ptr, jobs_ptr, M, H, W, OH, OW, ROWS,
-    STRIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, weight_ptr, params_ptr, mean_ptr, inverse_ptr, out_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, ROWS, STRIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs, blocks of channels). A job: x offset, its row of the statistics, weight offset, side,
     dilation, out offset."""
@@ -109,10 +110,11 @@ def _pooled(
 
 @kernel
 def source_bwd_kernel(
-    d_ptr, d_out_ptr, x_ptr, weight_ptr, params_ptr, mean_ptr, inverse_ptr, index_ptr, scales_ptr, out_ptr, partial_ptr,
-    gradient_ptr, counters_ptr, jobs_ptr, segments_ptr, others_ptr, M, H, W, OH, OW, IMAGES, ROWS, STRIDE: tl.constexpr,
-    C: tl.constexpr, OUT_ROW: tl.constexpr, NORMALIZE: tl.constexpr, POOLED: tl.constexpr, DROP: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    d_ptr, d_out_ptr, x_ptr, weight_ptr, params_ptr, mean_ptr, inverse_ptr, index_ptr, scales_ptr, out_ptr,
+    partial_ptr, gradient_ptr, counters_ptr, jobs_ptr, segments_ptr, others_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, IMAGES, ROWS, STRIDE: tl.constexpr, C: tl.constexpr, OUT_ROW: tl.constexpr,
+    NORMALIZE: tl.constexpr, POOLED: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a map that edges leave, behind its normalization. Grid (tiles, jobs, blocks of channels). A job:
     x offset, row of the statistics, first segment, segments (see _convolved), first of what else passes back, how many,
@@ -167,8 +169,9 @@ def source_bwd_kernel(
 
 @kernel
 def depthwise_wgrad_kernel(
-    d_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, partial_ptr, jobs_ptr, M, H, W, OH, OW, ROWS, STRIDE: tl.constexpr,
-    TAPS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    d_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, partial_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, ROWS, STRIDE: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, TAPS times blocks of channels), TAPS the most of any job. A job: x offset, its row
     of the statistics, offset of the output's gradient, side, dilation, partial offset. partial[part, channel, tap]."""

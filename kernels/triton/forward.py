@@ -36,7 +36,7 @@ class Forward:
             self.open_on_host = p.open_instances(flat)
         self.bytes = {torch.float32: 4, torch.bfloat16: 2}[dtype]
         self.block = {"C": p.c, "P": padded(p.c), "BLOCK": tuning.block()}
-        self.block |= tuning.elementwise(padded(p.c), self.bytes)
+        self.block |= {"num_warps": 4}
 
     # --- Counting ---
 
@@ -162,9 +162,10 @@ class Forward:
             "terms_ptr": terms, "starts_ptr": starts,
         }  # fmt: skip
         moved = self.moved(lambda: p.m * p.c * (self.count_terms(node, True) + 2 * p.k))
+        options = tuning.node(padded(p.c), p.k)
         launch(
-            node_fwd_kernel, (tuning.tiles(p.m), p.k), tensors, moved, M=p.m, SLICE=p.slice, K=p.k,
-            OUT_ROW=out.shape[1], **self.block,
+            node_fwd_kernel, (pieces(p.m, options["BLOCK"]),), tensors, moved, M=p.m, SLICE=p.slice, K=p.k,
+            OUT_ROW=out.shape[1], **(self.block | options),
         )  # fmt: skip
 
     def count_terms(self, node, with_through):

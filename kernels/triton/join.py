@@ -39,9 +39,9 @@ def _pooled(
 
 @kernel
 def join_fwd_kernel(
-    x_ptr, params_ptr, mean_ptr, inverse_ptr, scales_ptr, index_ptr, out_ptr, state_ptr, jobs_ptr, M, OH, OW, IMAGES,
-    ROWS, C: tl.constexpr, OUT_ROW: tl.constexpr, POOLED: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, params_ptr, mean_ptr, inverse_ptr, scales_ptr, index_ptr, out_ptr, state_ptr, jobs_ptr, M,
+    OH: tl.constexpr, OW: tl.constexpr, IMAGES, ROWS, C: tl.constexpr, OUT_ROW: tl.constexpr, POOLED: tl.constexpr,
+    DROP: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, nodes, blocks of channels). A job: place in the cell's output (-1: none), state offset (-1: none),
     and of both edges: mode (0: a map as it is, 1: its maxima, 2: its averages), map offset, row of the statistics that
@@ -80,9 +80,9 @@ def join_fwd_kernel(
 
 @kernel
 def join_reduce_kernel(
-    d_ptr, d_out_ptr, raw_ptr, mean_ptr, inverse_ptr, scales_ptr, partial_ptr, gradient_ptr, counters_ptr, jobs_ptr, M,
-    OH, OW, IMAGES, ROWS, C: tl.constexpr, OUT_ROW: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    d_ptr, d_out_ptr, raw_ptr, mean_ptr, inverse_ptr, scales_ptr, partial_ptr, gradient_ptr, counters_ptr, jobs_ptr,
+    M, OH: tl.constexpr, OW: tl.constexpr, IMAGES, ROWS, C: tl.constexpr, OUT_ROW: tl.constexpr, DROP: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scale and the shift of normalizations. Grid (parts of the rows, jobs, blocks of channels). A
     job: own, offset of the gradient (see incoming), edge whose samples are scaled, raw offset, row of the statistics.

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-# A kernel that the launchers call. Sizes of maps are not specialized on (divisible by 16 or not), which would compile
-# each kernel again for every size; distances are: that they are aligned is what makes loads wide.
-_SIZES = ["M", "H", "W", "OH", "OW", "IMAGES", "first", "ROWS", "LAST", "COUNTERS", "EPSILON"]
+# A kernel that the launchers call. Numbers of rows are not specialized on (divisible by 16 or not), which would compile
+# each kernel again for a last batch; distances are: that they are aligned is what makes loads wide.
+_SIZES = ["M", "IMAGES", "first", "ROWS", "LAST", "COUNTERS", "EPSILON"]
 kernel = triton.jit(do_not_specialize=_SIZES)
 
 

@@ -76,8 +76,8 @@ def mix_fwd_kernel(
 
 @kernel
 def mix_bwd_kernel(
-    sums_ptr, alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, summed_ptr, d_alpha_ptr, d_beta_ptr,
-    OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    sums_ptr, alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, summed_ptr, d_alpha_ptr,
+    d_beta_ptr, OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Grid (edges,), rows of the coefficients. A coefficient's gradient is the sum over channels of its row of sums;
     summed: by row and operation, whether there is one."""
@@ -118,32 +118,56 @@ def _normalized(pointer, rows, c, row, mask, mean_ptr, inverse_ptr, C: tl.conste
     return (value - mean[None, :]) * inverse[None, :]
 
 
-@kernel
-def node_fwd_kernel(
-    work_ptr, state_ptr, out_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, M, SLICE,
-    K: tl.constexpr, C: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles, slices). Sums a slice's terms (offset, statistics row, coefficient) and stores them shuffled,
-    channel K*c + slice: in the state's slices, SLICE elements apart, and in the cell's output of rows of OUT_ROW
-    channels.
-    """
-    s = tl.program_id(1)
-    rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
-    mask = (rows < M)[:, None] & (c < C)[None, :]
-    total = tl.zeros([BLOCK, P], tl.float32)
+@triton.jit
+def _sum_of_terms(
+    s, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, rows, c, mask, C: tl.constexpr
+):
+    """Of slice s."""
+    total = tl.zeros(mask.shape, tl.float32)
     for t in range(tl.load(starts_ptr + s).to(tl.int32), tl.load(starts_ptr + s + 1).to(tl.int32)):
         coefficient = tl.load(coefficients_ptr + tl.load(terms_ptr + t * 3 + 2))
         if coefficient != 0:
             term = work_ptr + tl.multiple_of(tl.load(terms_ptr + t * 3), 8)
             row = tl.load(terms_ptr + t * 3 + 1).to(tl.int32)
             total += coefficient * _normalized(term, rows, c, row, mask, mean_ptr, inverse_ptr, C)
-    channel = K * c + s
-    rows = rows.to(tl.int64)
+    return total
+
+
+@triton.jit
+def _store_shuffled(
+    total, rows, channel, state_ptr, out_ptr, M, SLICE, K: tl.constexpr, C: tl.constexpr, OUT_ROW: tl.constexpr
+):
+    mask, rows = (rows < M)[:, None] & (channel < K * C)[None, :], rows.to(tl.int64)
     tl.store(
         state_ptr + (rows * C)[:, None] + ((channel // C) * SLICE + channel % C)[None, :],
         total.to(state_ptr.dtype.element_ty), mask=mask,
     )  # fmt: skip
     tl.store(out_ptr + (rows * OUT_ROW)[:, None] + channel[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
+def node_fwd_kernel(
+    work_ptr, state_ptr, out_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, M, SLICE,
+    K: tl.constexpr, C: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles,). Sums each slice's terms (offset, statistics row, coefficient) and stores them shuffled, channel
+    K*c + slice: in the state's slices, SLICE elements apart, and in the cell's output of rows of OUT_ROW channels.
+    """
+    rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
+    mask = (rows < M)[:, None] & (c < C)[None, :]
+    given = work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, rows, c, mask
+    if K == 2 or K == 4:  # interleaved in registers, so that rows are stored whole
+        first, last = _sum_of_terms(0, *given, C), _sum_of_terms(K - 1, *given, C)
+        if K == 4:
+            first = tl.interleave(first, _sum_of_terms(2, *given, C))
+            last = tl.interleave(_sum_of_terms(1, *given, C), last)
+        whole = tl.interleave(first, last)
+        _store_shuffled(whole, rows, tl.arange(0, K * P), state_ptr, out_ptr, M, SLICE, K, C, OUT_ROW)
+    else:
+        for s in tl.static_range(K):
+            total = _sum_of_terms(s, *given, C)
+            channel = tl.where(c < C, K * c + s, K * C)
+            _store_shuffled(total, rows, channel, state_ptr, out_ptr, M, SLICE, K, C, OUT_ROW)
 
 
 @kernel
@@ -214,9 +238,9 @@ def draw_kernel(
 @kernel
 def state_bwd_kernel(
     d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, sums_ptr, coefficients_ptr,
-    opened_ptr, counters_ptr, jobs_ptr, poolings_ptr, through_ptr, M, H, W, OH, OW, SLICE, D_OUT, STRIDE: tl.constexpr,
-    K: tl.constexpr, C: tl.constexpr, IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr,
+    opened_ptr, counters_ptr, jobs_ptr, poolings_ptr, through_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, SLICE, D_OUT, STRIDE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a state. Grid (tiles, jobs), a job a slice: dx offset (of the convolutions; -1: none), first
     pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, row of sums. Of a

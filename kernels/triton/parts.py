@@ -6,7 +6,7 @@ from torch import Tensor
 from ..spec import EPSILON
 from . import tuning
 from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
-from .launch import launch, padded
+from .launch import launch, padded, pieces
 from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
 from .packing import collect, contract_kernel, expand_kernel
 from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
@@ -293,9 +293,10 @@ class _Node(torch.autograd.Function):
             "inverse_ptr": torch.ones(1, c, device=device), "coefficients_ptr": coefficients,
             "terms_ptr": _table(table, device), "starts_ptr": _table(starts, device),
         }  # fmt: skip
+        options = tuning.node(padded(c), k)
         launch(
-            node_fwd_kernel, (tuning.tiles(m), k), tensors, sum(t.nbytes for t in terms) + 2 * out.nbytes, M=m,
-            SLICE=m * c, K=k, OUT_ROW=k * c, C=c, P=padded(c), BLOCK=tuning.block(),
+            node_fwd_kernel, (pieces(m, options["BLOCK"]),), tensors, sum(t.nbytes for t in terms) + 2 * out.nbytes,
+            M=m, SLICE=m * c, K=k, OUT_ROW=k * c, C=c, P=padded(c), **options,
         )  # fmt: skip
         ctx.save_for_backward(coefficients, *terms)
         ctx.sizes = sizes

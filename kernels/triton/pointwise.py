@@ -26,10 +26,11 @@ def _input_rows(rows, half, H, W, OH, OW, STRIDE: tl.constexpr):
 
 @kernel
 def pointwise_fwd_kernel(
-    x_ptr, params_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, jobs_ptr, M, H, W, OH,
-    OW, ROWS, EPSILON, STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
-    ACTIVATE: tl.constexpr, STATISTICS: tl.constexpr, WEIGHT_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, params_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, jobs_ptr, M,
+    H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, ROWS, EPSILON, STRIDE: tl.constexpr,
+    C_IN: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, ACTIVATE: tl.constexpr, STATISTICS: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs, blocks of outputs). A job: x offset, its row of the statistics (ACTIVATE: normalized by it,
     then ReLU), weight offset, half, out offset, row of the statistics of what is made, which STATISTICS takes over
@@ -72,9 +73,10 @@ def pointwise_fwd_kernel(
 
 @kernel
 def pointwise_dgrad_kernel(
-    d_ptr, d_out_ptr, raw_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, gradient_ptr, scales_ptr, out_ptr, jobs_ptr, M,
-    H, W, OH, OW, IMAGES, ROWS, STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
-    OUT_ROW: tl.constexpr, ACTIVATED: tl.constexpr, TRAINING: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr,
+    d_ptr, d_out_ptr, raw_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, gradient_ptr, scales_ptr, out_ptr,
+    jobs_ptr, M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, IMAGES, ROWS,
+    STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, OUT_ROW: tl.constexpr,
+    ACTIVATED: tl.constexpr, TRAINING: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr,
     WEIGHT_ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -129,10 +131,10 @@ def pointwise_dgrad_kernel(
 @kernel
 def pointwise_wgrad_kernel(
     d_ptr, d_out_ptr, raw_ptr, x_ptr, params_ptr, mean_ptr, inverse_ptr, gradient_ptr, scales_ptr, partial_ptr,
-    jobs_ptr, M, H, W, OH, OW, IMAGES, ROWS, STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr,
-    HALF: tl.constexpr, OUT_ROW: tl.constexpr, ACTIVATE: tl.constexpr, TRAINING: tl.constexpr, DROP: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
+    jobs_ptr, M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, IMAGES, ROWS,
+    STRIDE: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, OUT_ROW: tl.constexpr,
+    ACTIVATE: tl.constexpr, TRAINING: tl.constexpr, DROP: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, blocks of outputs and inputs). A job: own, offset of the normalized output's
     gradient (see incoming), edge whose samples are scaled, raw offset, its row of the statistics, x offset, its row of

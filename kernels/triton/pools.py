@@ -11,9 +11,10 @@ MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
 
 @kernel
 def pool_fwd_kernel(
-    x_ptr, out_ptr, index_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr, M,
-    H, W, OH, OW, EPSILON, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr,
-    STATISTICS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, out_ptr, index_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr,
+    M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, EPSILON, STRIDE: tl.constexpr,
+    X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, out offset, index offset, mode, instance (-1: always open, no statistics).
     index: which tap held the maximum, the first of equals, uint8. Statistics as the convolution's.

@@ -1,24 +1,11 @@
 """Block shapes of the kernels: static tables, since autotuning needs a driver and would make two runs differ.
 
-``benchmarks.gpu`` times the candidates on a GPU; what it finds is to be written here.
+Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``); the others are chosen by what fits.
 """
 
-# block: rows of a map in a program; all kernels that leave partial sums of a cell cut its maps alike. Of the matrix
-# products: k, taps times channels in a step; warps and stages. programs: that a sum over all rows is cut into.
-KNOBS = {
-    "block": 128,
-    "fwd_k": 64, "fwd_warps": 4, "fwd_stages": 1,
-    "dgrad_k": 32, "dgrad_warps": 4, "dgrad_stages": 1,
-    "wgrad_sums": 8192, "wgrad_block": 64, "wgrad_warps": 4, "wgrad_stages": 1,
-    "programs": 1024,
-}  # fmt: skip
-CANDIDATES = {
-    "block": (64, 128, 256),
-    "fwd_k": (32, 64, 128), "fwd_warps": (2, 4, 8), "fwd_stages": (1, 2, 3),
-    "dgrad_k": (32, 64, 128), "dgrad_warps": (2, 4, 8), "dgrad_stages": (1, 2, 3),
-    "wgrad_sums": (2048, 4096, 8192), "wgrad_block": (32, 64, 128), "wgrad_warps": (4, 8), "wgrad_stages": (1, 2, 3),
-    "programs": (512, 1024, 2048),
-}  # fmt: skip
+# block: rows of a map in a program; all kernels that leave partial sums of a cell cut its maps alike. programs: that a
+# sum over all rows is cut into.
+KNOBS = {"block": 128, "programs": 1024}
 
 
 def block() -> int:
@@ -29,9 +16,14 @@ def tiles(rows: int) -> int:
     return -(-rows // block())
 
 
-def elementwise(wide: int, size: int) -> dict:
-    """wide: channels of a block, padded; size: bytes of one. More warps before the registers are full."""
-    return {"num_warps": 8 if wide * size >= 64 else 4}
+def node(wide: int, k: int) -> dict:
+    """wide: channels of a slice, padded; all k slices are a program's. It waits for its loads, term by term: many small
+    programs hide that."""
+    return {"BLOCK": max(16, 1024 // (wide * k)), "num_warps": 2}
+
+
+def drawing(wide: int) -> dict:
+    return {"num_warps": 2 if wide <= 16 else 4}
 
 
 def state_gradient(wide: int, size: int, stride: int) -> dict:
@@ -45,29 +37,33 @@ def convolution(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     """wide_in, wide_out: columns of the two operands, powers of two. precision: of float32, ``ieee`` or ``tf32``. size:
     bytes of an element. Exact float32 takes no tensor cores, and four times the registers."""
     exact = size == 4 and precision == "ieee"
-    warps = 8 if exact or wide_out * size >= (128 if size == 4 else 256) else KNOBS["fwd_warps"]
-    k = KNOBS["fwd_k"] if size == 2 else 32
-    return {"BLOCK_K": k, "num_warps": warps, "num_stages": KNOBS["fwd_stages"]}
+    if size == 2 and wide_in <= 16:  # 2 warps make the compiler take the smaller matrix instructions, fewer registers
+        return {"BLOCK_K": 16, "num_warps": 4 if wide_in == 16 and wide_out >= 64 else 2, "num_stages": 1}
+    k = 32 if size == 4 or (wide_in == 32 and wide_out == 32) else 64
+    wide = exact or wide_out * size >= (128 if size == 4 else 512)
+    return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 1}
 
 
-def data_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
+def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size: int) -> dict:
     # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
-    k, columns = KNOBS["dgrad_k"] if size == 2 else 16, min(wide_in, 64)
-    exact = size == 4 and precision == "ieee"
-    warps = 8 if columns == 64 or (exact and wide_out >= 128) else KNOBS["dgrad_warps"]
-    return {
-        "BLOCK_K": wide_out if 16 <= wide_out <= k else k, "COLUMNS": columns, "num_warps": warps,
-        "num_stages": KNOBS["dgrad_stages"],
-    }  # fmt: skip
+    columns, exact = min(wide_in, 64), size == 4 and precision == "ieee"
+    warps, stages, k = 8 if columns == 64 or (exact and wide_out >= 128) else 4, 1, 32 if size == 2 else 16
+    if size == 2 and (stride == 2 or columns == 32):
+        k, stages = 64, 2
+    elif size == 2 and columns <= 16:
+        k, warps = 16, 4 if wide_in == 8 and wide_out == 32 else 2
+    whole = 16 <= wide_out <= k and stages == 1
+    return {"BLOCK_K": wide_out if whole else k, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
 def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     # a program holds BLOCK_K x wide_out sums: 64 registers a thread at 8192 and 4 warps
     exact = size == 4 and precision == "ieee"
-    sums = KNOBS["wgrad_sums"] // (1 if size == 2 else 4 if exact else 2)
+    sums = 8192 // (1 if size == 2 else 4 if exact else 2)
     return {
-        "BLOCK": 32 if exact else KNOBS["wgrad_block"], "BLOCK_K": max(16, min(128, max(wide_in, sums // wide_out))),
-        "num_warps": 8 if size == 4 else KNOBS["wgrad_warps"], "num_stages": KNOBS["wgrad_stages"],
+        "BLOCK": 128 if size == 2 else 32 if exact else 64,
+        "BLOCK_K": max(16, min(128, max(wide_in, sums // wide_out))), "num_warps": 8 if size == 4 else 4,
+        "num_stages": 1,
     }  # fmt: skip
 
 
