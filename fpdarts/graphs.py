@@ -64,6 +64,12 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer, device: torch.device):
         group["lr"] = torch.as_tensor(float(group["lr"]), device=device) if cuda else float(group["lr"])
         if "capturable" in group:
             group["capturable"] = cuda
+        if cuda and group.get("momentum"):
+            # the fused step fails where some weights have their first gradient later than others, as those of paths do
+            # that were closed; a momentum of 0 is what the first step starts from anyway
+            for weight in group["params"]:
+                if optimizer.state[weight].get("momentum_buffer") is None:
+                    optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float):

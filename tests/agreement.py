@@ -180,6 +180,18 @@ def test_cell(setting):
     cell(**SETTINGS[setting])
 
 
+@triton_only
+@pytest.mark.parametrize("reduction", [False, True])
+def test_sums_over_groups_of_tiles(monkeypatch, reduction):
+    """As of large maps: three groups of tiles, the last one smaller, and with a tile that is not full."""
+    import triton.language as tl
+    from fpdarts.kernels.triton import statistics, tuning
+
+    monkeypatch.setattr(statistics, "GROUP", tl.constexpr(2))
+    monkeypatch.setitem(tuning.KNOBS, "block", 16)
+    cell(size=(6, 4), n=3, nodes=1, reduction=reduction)
+
+
 EVERY = (
     ("sep_conv_3x3", 1), ("skip_connect", 0), ("dil_conv_3x3", 2), ("max_pool_3x3", 1), ("sep_conv_5x5", 2),
     ("avg_pool_3x3", 3), ("dil_conv_5x5", 3), ("skip_connect", 2),
