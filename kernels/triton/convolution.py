@@ -294,7 +294,7 @@ def convolve_fwd(
     statistics.counters."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges, options = padded(edges), dot_options(out.dtype)
-    options |= tuning.convolution(p_in, edges * p, options["PRECISION"], out.element_size())
+    options |= tuning.convolution(p_in, edges * p, options["PRECISION"], out.element_size(), training)
     tensors = {
         "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, **statistics, "opened_ptr": opened,
         "counters_ptr": counters, "jobs_ptr": jobs,

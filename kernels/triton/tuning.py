@@ -30,16 +30,19 @@ def state_gradient(wide: int, size: int, stride: int) -> dict:
     """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held."""
     if stride == 2:
         return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8)}
-    return {"BLOCK": block(), "num_warps": 8 if wide * size >= 32 else 4}
+    return {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
 
 
-def convolution(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
+def convolution(wide_in: int, wide_out: int, precision: str, size: int, training: bool) -> dict:
     """wide_in, wide_out: columns of the two operands, powers of two. precision: of float32, ``ieee`` or ``tf32``. size:
     bytes of an element. Exact float32 takes no tensor cores, and four times the registers."""
     exact = size == 4 and precision == "ieee"
-    if size == 2 and wide_in <= 16:  # 2 warps make the compiler take the smaller matrix instructions, fewer registers
-        return {"BLOCK_K": 16, "num_warps": 4 if wide_in == 16 and wide_out >= 64 else 2, "num_stages": 1}
-    k = 32 if size == 4 or (wide_in == 32 and wide_out == 32) else 64
+    if size == 2 and wide_in <= 16:
+        # With 2 warps the compiler takes the smaller matrix instructions, which are faster here, until it spills.
+        few = training and (wide_in <= 8 or wide_out <= 16)
+        k = 32 if wide_in == 16 and wide_out == 32 else 16
+        return {"BLOCK_K": k, "num_warps": 2 if few else 4, "num_stages": 1}
+    k = 32 if size == 4 or wide_in == 32 else 64
     wide = exact or wide_out * size >= (128 if size == 4 else 512)
     return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 1}
 
@@ -48,8 +51,8 @@ def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size
     # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
     columns, exact = min(wide_in, 64), size == 4 and precision == "ieee"
     warps, stages, k = 8 if columns == 64 or (exact and wide_out >= 128) else 4, 1, 32 if size == 2 else 16
-    if size == 2 and (stride == 2 or columns == 32):
-        k, stages = 64, 2
+    if size == 2 and columns <= 32 and (stride == 2 or columns == 32):
+        k, stages = 32 if columns <= 16 else 64, 2
     elif size == 2 and columns <= 16:
         k, warps = 16, 4 if wide_in == 8 and wide_out == 32 else 2
     whole = 16 <= wide_out <= k and stages == 1
