@@ -318,7 +318,7 @@ def convolve_dgrad(
         edges if edges == 1 else max(edges, 16 // p)
     )  # or else a tap is narrower than a matrix product's step
     options = dot_options(dx.dtype)
-    options |= tuning.data_gradient(p_in, edges * p, stride, options["PRECISION"], dx.element_size())
+    options |= tuning.data_gradient(p_in, edges * p, stride, normalize, options["PRECISION"], dx.element_size())
     tensors = {
         "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, "sums_ptr": sums,
         "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened, "counters_ptr": counters, "jobs_ptr": jobs,

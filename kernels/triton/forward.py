@@ -134,7 +134,7 @@ class Forward:
         launch(
             pool_fwd_kernel, (tuning.tiles(p.m), len(rows)), tensors, moved, M=p.m, H=size[0], W=size[1],
             OH=p.outer[0], OW=p.outer[1], EPSILON=EPSILON, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
-            STATISTICS=self.training, **self.block,
+            STATISTICS=self.training, **(self.block | tuning.pooling(padded(p.c))),
         )  # fmt: skip
 
     def second_stages(self, group):

@@ -26,6 +26,10 @@ def drawing(wide: int) -> dict:
     return {"num_warps": 2 if wide <= 16 else 4}
 
 
+def pooling(wide: int) -> dict:
+    return {"num_warps": 2 if wide <= 8 else 4}
+
+
 def state_gradient(wide: int, size: int, stride: int) -> dict:
     """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held."""
     if stride == 2:
@@ -47,7 +51,7 @@ def convolution(wide_in: int, wide_out: int, precision: str, size: int, training
     return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 1}
 
 
-def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size: int) -> dict:
+def data_gradient(wide_in: int, wide_out: int, stride: int, normalize: bool, precision: str, size: int) -> dict:
     # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
     columns, exact = min(wide_in, 64), size == 4 and precision == "ieee"
     warps, stages, k = 8 if columns == 64 or (exact and wide_out >= 128) else 4, 1, 32 if size == 2 else 16
@@ -55,6 +59,10 @@ def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size
         k, stages = 32 if columns <= 16 else 64, 2
     elif size == 2 and columns <= 16:
         k, warps = 16, 4 if wide_in == 8 and wide_out == 32 else 2
+    elif exact and columns == 16:  # here and below, other numbers of warps spill
+        warps = 8 if normalize or wide_out > 16 else 4
+    elif size == 4 and not exact and wide_out == 8:
+        warps = 8
     whole = 16 <= wide_out <= k and stages == 1
     return {"BLOCK_K": wide_out if whole else k, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
@@ -64,7 +72,7 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
     exact = size == 4 and precision == "ieee"
     sums = 8192 // (1 if size == 2 else 4 if exact else 2)
     return {
-        "BLOCK": 128 if size == 2 else 32 if exact else 64,
+        "BLOCK": 128 if size == 2 else 32 if exact or wide_in == wide_out == 32 else 64,
         "BLOCK_K": max(16, min(128, max(wide_in, sums // wide_out))), "num_warps": 8 if size == 4 else 4,
         "num_stages": 1,
     }  # fmt: skip
