@@ -54,7 +54,6 @@ def environment(options):
 
 def compile_kernels(options):
     """Everything that the steps will launch, on all cores, into Triton's cache: later parts would do it one by one."""
-
     import torch
 
     from benchmarks import aot
