@@ -145,7 +145,7 @@ def specialized(launch):
             signature[name] = "i64" if abs(arguments[name]) >= 2**31 else "i32"
             if arguments[name] % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(position)
-    options = {key: arguments[key] for key in ("num_warps", "num_stages", "maxnreg") if key in arguments}
+    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
     job = {
         "kernel": kernel.fn.__name__, "module": kernel.fn.__module__, "signature": signature, "constants": constants,
         "aligned": aligned, "options": options,
@@ -177,8 +177,12 @@ def binary(job: dict, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job["options"])
 
 
-def compile_all(jobs: list[dict], arch: int) -> list[str]:
-    """Into Triton's cache, on all cores; returns what did not compile, and why."""
+def compile_all(jobs: list[dict]) -> list[str]:
+    """For the GPU here into Triton's cache, on all cores; returns what did not compile, and why."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    arch = 10 * major + minor
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         errors = list(pool.map(_error, jobs, itertools.repeat(arch), chunksize=4))
     return [f"{job['kernel']} {told(job)}: {error}" for job, error in zip(jobs, errors) if error]

@@ -181,15 +181,17 @@ def test_cell(setting):
 
 
 @triton_only
-@pytest.mark.parametrize("reduction", [False, True])
-def test_sums_over_groups_of_tiles(monkeypatch, reduction):
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": True}, {"subsets": (("max_pool_3x3", "avg_pool_3x3"), ("skip_connect", "none"))}]
+)
+def test_sums_over_groups_of_tiles(monkeypatch, options):
     """As of large maps: three groups of tiles, the last one smaller, and with a tile that is not full."""
     import triton.language as tl
     from fpdarts.kernels.triton import statistics, tuning
 
     monkeypatch.setattr(statistics, "GROUP", tl.constexpr(2))
     monkeypatch.setitem(tuning.KNOBS, "block", 16)
-    cell(size=(6, 4), n=3, nodes=1, reduction=reduction)
+    cell(size=(6, 4), n=3, nodes=1, **options)
 
 
 EVERY = (

@@ -71,7 +71,7 @@ class Layout:
         self.sums = self.instance_sums + 2 * self.instances
         # at least the jobs of any launch that takes sums, of nodes and of all else, whose tiles may be half as large
         self.node_jobs = self.edges * self.columns + self.k
-        jobs = max(len(self.convolutions) * self.edges, 4 * self.k) * pieces(self.c, 64)
+        jobs = max(len(self.convolutions) * self.edges, 2 * (len(self.poolings) + self.k)) * pieces(self.c, 64)
         self.counters = max(self.node_jobs, counters(jobs, 2 * tuning.tiles(max(self.m, self.m_in))))
         self.groups = [(0, 1), *((source,) for source in range(2, spec.nodes + 1))]
 
