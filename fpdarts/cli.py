@@ -93,7 +93,7 @@ _DESCRIPTION = "Fast parallel differentiable architecture search: search, retrai
 _CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 # A resumed run may move to another machine; all else must be as it was, or it would not be the same run.
-_MAY_CHANGE = {"resume", "json", "out", "device", "workers", "kernels", "verify_every", "cuda_graphs"}
+_MAY_CHANGE = {"resume", "json", "out", "device", "loader", "workers", "kernels", "verify_every", "cuda_graphs"}
 
 
 def main(arguments: list[str] | None = None):

@@ -11,6 +11,7 @@ from fpdarts.space import DEFAULT_SUBSETS
 
 Protocol = Literal["digits", "cifar", "imagenet"]
 Kernels = Literal["auto", "reference", "native", "triton"]
+Reader = Literal["auto", "resident", "dali", "torchvision"]
 Amp = Literal["off", "bf16"]
 Stem = Literal["cifar", "imagenet"]
 
@@ -51,8 +52,12 @@ class RunConfig:
     """Mixed precision: bf16 on CUDA and off elsewhere if not given."""
     cuda_graphs: bool = True
     """On CUDA, run a whole step as one graph, where the kernels allow it."""
-    workers: int = 2
-    """Processes that decode image files; images in memory need none."""
+    loader: Reader = "auto"
+    """What reads the images: resident (from the device's memory), dali, torchvision, or auto, the fastest that can."""
+    workers: int | None = None
+    """Threads (dali) or processes (torchvision) that decode image files; as many as cores, at most 8, if not given."""
+    skip: str | None = None
+    """File with the names of image files to leave out, as check-data writes it."""
     resume: bool = False
     """Continue the run in --out exactly where its last checkpoint was written."""
     json: bool = False
@@ -88,6 +93,8 @@ class SearchConfig(RunConfig):
     """Part of the training images that trains the weights."""
     architecture_fraction: float | None = None
     """Part of the training images that trains the architecture and validates."""
+    split: str | None = None
+    """Directory with the two parts as file lists, as split-imagenet writes it, in place of both fractions."""
     validate_every: int = 1
     """Validate every so many epochs, and after the last one."""
     verify_every: int = 0
@@ -127,7 +134,12 @@ class EvaluateConfig:
     batch_size: int | None = None
     device: str = "auto"
     amp: Amp | None = None
-    workers: int = 2
+    loader: Reader = "auto"
+    """What reads the images: resident (from the device's memory), dali, torchvision, or auto, the fastest that can."""
+    workers: int | None = None
+    """Threads (dali) or processes (torchvision) that decode image files; as many as cores, at most 8, if not given."""
+    skip: str | None = None
+    """File with the names of image files to leave out, as check-data writes it."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -192,8 +204,9 @@ def _check(config):
         require(getattr(config, field) >= 1, field, "at least 1")
     for field in ("learning_rate", "gradient_clip"):
         require(getattr(config, field) > 0, field, "positive")
-    for field in ("weight_decay", "momentum", "workers", "seed"):
+    for field in ("weight_decay", "momentum", "seed"):
         require(getattr(config, field) >= 0, field, "at least 0")
+    require(config.workers is None or config.workers >= 0, "workers", "at least 0")
     if isinstance(config, SearchConfig):
         for field in ("weight_fraction", "architecture_fraction"):
             require(0 < getattr(config, field) < 1, field, "between 0 and 1")

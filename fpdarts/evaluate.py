@@ -1,12 +1,13 @@
 """Testing a network that was retrained."""
 
+import sys
 from dataclasses import replace
 
 import torch
 
 from fpdarts import config as configuration
 from fpdarts.config import EvaluateConfig, RetrainConfig
-from fpdarts.data import DataError, Loader, open_data
+from fpdarts.data import DataError, Loader, in_memory, open_data, select_reader
 from fpdarts.genotype import Genotype
 from fpdarts.network import DerivedNetwork
 from fpdarts.run import load_checkpoint, read_config
@@ -19,7 +20,9 @@ def evaluate(config: EvaluateConfig) -> dict:
     trained = RetrainConfig(**read_config(config.run, "retrain"))
     checkpoint = load_checkpoint(config.run)
     genotype = Genotype.load(f"{config.run}/genotype.json")
-    data = open_data(config.data or trained.data, trained.protocol, trained.image_size)
+    # the list of a retraining holds for its own data only
+    skip = config.skip or (None if config.data else trained.skip)
+    data = open_data(config.data or trained.data, trained.protocol, trained.image_size, skip)
     if (classes := checkpoint["data"]["classes"]) != list(data.classes):
         names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise DataError(
@@ -28,8 +31,12 @@ def evaluate(config: EvaluateConfig) -> dict:
     network = build_network(replace(trained, kernels="auto"), genotype, len(classes))  # maybe another machine
     network.load_state_dict(checkpoint["model"])
     network.to(device, memory_format=torch.channels_last)
-    images = data.test if config.limit is None else data.test.limited(config.limit)
-    loader = Loader(images, data, config.batch_size or trained.batch_size, None, 0, device, config.workers)
+    reader, told = select_reader(config.loader, data)
+    print(told, file=sys.stderr)
+    images = in_memory(data.test, data, None) if reader == "resident" else data.test
+    images = images if config.limit is None else images.limited(config.limit)
+    batch_size = config.batch_size or trained.batch_size
+    loader = Loader(images, data, batch_size, None, 0, device, config.workers, reader)
     result = evaluate_model(network, loader, select_amp(config.amp, device), data.protocol == "imagenet", "test")
     return {**result, "epoch": checkpoint["epoch"], "images": len(images)}
 

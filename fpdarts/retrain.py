@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fpdarts import config as configuration
 from fpdarts.config import RetrainConfig, learning_rate
 from fpdarts.count import count
-from fpdarts.data import Loader, augmentation, open_data
+from fpdarts.data import Loader, augmentation, in_memory, open_data, select_reader
 from fpdarts.evaluate import build_network
 from fpdarts.genotype import find
 from fpdarts.graphs import GraphedStep, prepare_optimizer, set_learning_rate
@@ -37,7 +37,7 @@ def retrain(config: RetrainConfig) -> dict:
     amp = select_amp(config.amp, device)
     serving, told = select_kernels(config.kernels, amp, device, "derived_cell")  # fails now, with the reason
     genotype = find(config.out if config.resume else config.genotype)  # a resumed run keeps the copy it started with
-    data = open_data(config.data, config.protocol, config.image_size)
+    data = open_data(config.data, config.protocol, config.image_size, config.skip)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
     train_loader, holdout_loader, test_loader = _loaders(config, data, device)
 
@@ -106,16 +106,21 @@ def _steps(config, network, optimizer, device):
 
 def _loaders(config, data, device):
     """Of the training images, of those held out (None without --holdout) and of the test images."""
-    images = data.train if config.limit is None else data.train.limited(config.limit)
+    augment = replace(augmentation(data.protocol, "retrain"), cutout=config.cutout)
+    reader, told = select_reader(config.loader, data)
+    print(told, file=sys.stderr)
+    images, test_images = data.train, data.test
+    if reader == "resident":
+        images, test_images = in_memory(images, data, augment), in_memory(test_images, data, None)
+    images = images if config.limit is None else images.limited(config.limit)
     held_out = None
     if config.holdout:
         held_out, images = images.split(config.holdout, config.seed)
-    augment = replace(augmentation(data.protocol, "retrain"), cutout=config.cutout)
 
     def loader(part, augment):
-        return Loader(part, data, config.batch_size, augment, config.seed, device, config.workers)
+        return Loader(part, data, config.batch_size, augment, config.seed, device, config.workers, reader)
 
-    return loader(images, augment), None if held_out is None else loader(held_out, None), loader(data.test, None)
+    return loader(images, augment), None if held_out is None else loader(held_out, None), loader(test_images, None)
 
 
 def training_step(network, optimizer, batch, drop_path, config):

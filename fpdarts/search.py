@@ -12,7 +12,7 @@ from fpdarts import config as configuration
 from fpdarts import kernels
 from fpdarts.architect import Architect, frozen
 from fpdarts.config import SearchConfig, learning_rate
-from fpdarts.data import Loader, augmentation, open_data
+from fpdarts.data import Loader, augmentation, in_memory, open_data, read_split, select_reader
 from fpdarts.gates import GateSampler
 from fpdarts.graphs import GraphedStep, prepare_optimizer, set_learning_rate
 from fpdarts.run import Run
@@ -41,7 +41,7 @@ def search(config: SearchConfig) -> dict:
     serving, told = select_kernels(
         config.kernels, amp, device
     )  # fails now, with the reason, not after the data is read
-    data = open_data(config.data, config.protocol, config.image_size)
+    data = open_data(config.data, config.protocol, config.image_size, config.skip)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
     weight_loader, architecture_loader, validation_loader = loaders(config, data, device)
 
@@ -143,14 +143,19 @@ def build_supernet(config: SearchConfig, num_classes: int) -> SuperNet:
 
 def loaders(config, data, device):
     """Of the weight part, of the architecture part for its steps, and of the same for validation."""
-    images = data.train if config.limit is None else data.train.limited(config.limit)
-    weight_images, rest = images.split(config.weight_fraction, config.seed)
-    share = config.architecture_fraction / (1 - config.weight_fraction)
-    architecture_images = rest if share > 1 - 1e-9 else rest.split(share, config.seed)[0]
     augment = augmentation(data.protocol, "search")
+    reader, told = select_reader(config.loader, data)
+    print(told, file=sys.stderr)
+    images = in_memory(data.train, data, augment) if reader == "resident" else data.train
+    if config.split is not None:
+        weight_images, architecture_images = read_split(config.split, images, data)
+    else:
+        images = images if config.limit is None else images.limited(config.limit)
+        fractions = config.weight_fraction, config.architecture_fraction
+        weight_images, architecture_images = images.parts(*fractions, config.seed)
 
     def loader(part, augment, seed):
-        return Loader(part, data, config.batch_size, augment, seed, device, config.workers)
+        return Loader(part, data, config.batch_size, augment, seed, device, config.workers, reader)
 
     return (
         loader(weight_images, augment, 2 * config.seed),

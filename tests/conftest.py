@@ -17,6 +17,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
+def decoded_images_are_kept_elsewhere(tmp_path_factory):
+    os.environ["FPDARTS_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # not in the user's folder
+
+
+@pytest.fixture(scope="session", autouse=True)
 def in_the_interpreter(request):
     """Waits for the Triton back end's tests, which run beside all others: they take about as long, on one core.
 

@@ -9,10 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from fpdarts.data import DataError, open_data
+from fpdarts.data import DataError, Loader, in_memory, open_data
 from fpdarts.data.folder import read_image
 from fpdarts.data.images import NORMALIZATION
 from tests.made import CIFAR, random_pixels, write_cifar, write_folder, write_image, write_pickle
+
+
+def usable(path, protocol=None):
+    """The data set once every loader is made, which is before training starts."""
+    data = open_data(path, protocol)
+    for part in (data.train, data.test):
+        reader = "resident" if data.protocol == "cifar" else "torchvision"
+        Loader(in_memory(part, data, None) if reader == "resident" else part, data, 8, None, 0, reader=reader)
+    return data
+
 
 # ---- formats --------------------------------------------------------------------------------------------------------
 
@@ -75,7 +85,8 @@ def test_small_image_folder_is_decoded(tmp_path, second):
     data = open_data(write_folder(tmp_path, ("train", second)))
     assert (data.protocol, data.image_size, data.classes) == ("cifar", 16, ("cat", "dog"))
     assert data.train.labels.tolist() == data.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert np.array_equal(data.train.pixels[4].permute(1, 2, 0).numpy(), random_pixels(16, 16, 3, seed=11))
+    pixels = in_memory(data.train, data, None).pixels
+    assert np.array_equal(pixels[4].permute(1, 2, 0).numpy(), random_pixels(16, 16, 3, seed=11))
 
 
 def test_test_is_taken_before_val(tmp_path):
@@ -102,10 +113,10 @@ def test_protocol_as_given(tmp_path):
 
 
 def test_every_chunk_of_files_is_decoded_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("fpdarts.data.folder.CHUNK", 2)
+    monkeypatch.setattr("fpdarts.data.folder.CHUNK", 2)  # of ten files: enough for processes
     data = open_data(write_folder(tmp_path, count=5))
     expected = [random_pixels(16, 16, 3, seed=seed) for seed in (0, 1, 2, 3, 4, 10, 11, 12, 13, 14)]
-    assert np.array_equal(data.train.pixels.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+    assert np.array_equal(in_memory(data.train, data, None).pixels.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +220,7 @@ def test_folder_errors(tmp_path, case):
     change, protocol, message = FOLDER_ERRORS[case]
     change(write_folder(tmp_path))
     with pytest.raises(DataError, match=message):
-        open_data(tmp_path, protocol)
+        usable(tmp_path, protocol)
 
 
 def test_truncated_image(tmp_path):
@@ -218,7 +229,7 @@ def test_truncated_image(tmp_path):
     os.truncate(file, file.stat().st_size // 2)
     for protocol in ("cifar", "imagenet"):  # verify() reads the checksums of a PNG, so this does not wait for a worker
         with pytest.raises(DataError, match=r"train/dog/1\.png: cannot be read"):
-            open_data(tmp_path, protocol)
+            usable(tmp_path, protocol)
 
 
 def test_path_errors(tmp_path):

@@ -20,7 +20,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images, either resident (pixels) or files that are decoded when they are needed (paths).
+    """Labelled images: resident (pixels), or files that are decoded when they are needed (paths), or both.
 
     labels: (n,) int64. pixels: (n, 3, H, H) uint8, channels_last, or None. paths: n file names, or None.
     """
@@ -30,9 +30,10 @@ class Images:
     paths: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        if (self.pixels is None) == (self.paths is None):
-            raise ValueError("Images: give either pixels or paths")
-        if len(self.labels) != len(self.paths if self.pixels is None else self.pixels):
+        given = [field for field in (self.pixels, self.paths) if field is not None]
+        if not given:
+            raise ValueError("Images: give pixels or paths")
+        if any(len(field) != len(self.labels) for field in given):
             raise ValueError("Images: as many labels as images are needed")
 
     def __len__(self) -> int:
@@ -41,9 +42,11 @@ class Images:
     def subset(self, indices) -> "Images":
         """The images at `indices` (a sequence or an int64 tensor), in that order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        if self.pixels is None:
-            return Images(self.labels[indices], paths=tuple(self.paths[i] for i in indices.tolist()))
-        return Images(self.labels[indices], self.pixels[indices])
+        return Images(
+            self.labels[indices],
+            None if self.pixels is None else self.pixels[indices],
+            None if self.paths is None else tuple(self.paths[i] for i in indices.tolist()),
+        )
 
     def limited(self, count: int) -> "Images":
         """`count` images, as evenly over the classes as their sizes allow: the first of each class, order kept.
@@ -81,6 +84,12 @@ class Images:
                 f"{len(self)} images cannot be divided at {fraction}: one part would be empty; use more images"
             )
         return self.subset(shuffled[chosen].sort().values), self.subset(shuffled[~chosen].sort().values)
+
+    def parts(self, weights: float, architecture: float, seed: int) -> tuple["Images", "Images"]:
+        """Two disjoint parts for a search, balanced over the classes: these fractions of all. Raises as split does."""
+        first, rest = self.split(weights, seed)
+        share = architecture / (1 - weights)
+        return first, rest if share > 1 - 1e-9 else rest.split(share, seed)[0]
 
 
 @dataclass(frozen=True, eq=False)

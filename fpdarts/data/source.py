@@ -6,14 +6,16 @@ import numpy as np
 import torch
 
 from fpdarts.data.cifar import LAYOUTS, find_cifar, load_cifar
-from fpdarts.data.folder import check_headers, decode, is_image_folder, list_folder
 from fpdarts.data.folder import image_size as size_of
+from fpdarts.data.folder import is_image_folder, list_folder, skipped, square_size
 from fpdarts.data.images import PROTOCOLS, DataError, ImageData, Images
 
 SMALL = 64  # a folder whose images are no larger is trained like CIFAR
 
 
-def open_data(source: str | Path, protocol: str | None = None, image_size: int | None = None) -> ImageData:
+def open_data(
+    source: str | Path, protocol: str | None = None, image_size: int | None = None, skip: str | Path | None = None
+) -> ImageData:
     """Open and check a data set.
 
     source: "digits" (built in; write ./digits for a folder of that name), a folder with CIFAR-10 or CIFAR-100 in
@@ -23,12 +25,17 @@ def open_data(source: str | Path, protocol: str | None = None, image_size: int |
     image_size: side of the images that the network sees, a multiple of 32; for protocol imagenet (default 224), since
         the other protocols take images as they are.
 
-    Under protocol imagenet files stay on disk and only their headers are checked; otherwise all images are decoded now.
+    skip: file with the names of files to leave out, a line each, relative to the image folder, as `fpdarts check-data`
+        writes it.
+
+    Image folders are only listed: a Loader opens the files, those that it is given.
     Raises DataError (a ValueError) for data that cannot be used, ValueError for an unknown protocol.
     """
     if protocol is not None and protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; one of: {', '.join(PROTOCOLS)}")
     if str(source) == "digits":
+        if skip is not None:
+            raise DataError("digits: are built in, so there are no files to skip; leave --skip out")
         _require(protocol, "digits", "digits", "its 8x8 images suit no other")
         return _resident("digits", "digits", *_load_digits(), image_size)
     path = Path(source).expanduser()
@@ -37,7 +44,9 @@ def open_data(source: str | Path, protocol: str | None = None, image_size: int |
     if not path.is_dir():
         raise DataError(f"{path}: is a file, not a folder; extract an archive first and name its folder")
     if is_image_folder(path):
-        return _open_folder(str(source), path, protocol, image_size)
+        return _open_folder(str(source), path, protocol, image_size, skip)
+    if skip is not None:
+        raise DataError(f"{path}: is no image folder, so there are no files to skip; leave --skip out")
     if found := find_cifar(path):
         _require(protocol, "cifar", str(found[0]), "its images are 32x32")
         return _resident(str(source), "cifar", *load_cifar(*found), image_size)
@@ -48,41 +57,43 @@ def open_data(source: str | Path, protocol: str | None = None, image_size: int |
     )
 
 
-def _open_folder(source: str, path: Path, protocol: str | None, image_size: int | None) -> ImageData:
+def _open_folder(source: str, path: Path, protocol: str | None, image_size: int | None, skip) -> ImageData:
     if protocol == "digits":
         raise DataError(
             f"{path}: protocol digits is for the built-in digits only; use cifar or imagenet for an image folder"
         )
-    classes, train, test = list_folder(path)
+    classes, train, test = list_folder(path, skipped(path, skip))
     if protocol is None:
         first = train.limited(len(classes))
         protocol = "cifar" if all(max(size_of(name)) <= SMALL for name in first.paths) else "imagenet"
     if protocol == "cifar":
-        train, test = decode(train), decode(test)
-        if test.pixels.shape[-1] != train.pixels.shape[-1]:
+        side, test_side = square_size(train.paths[0]), square_size(test.paths[0])
+        if side != test_side:
             raise DataError(
-                f"{path}: test images are {test.pixels.shape[-1]} pixels wide, training images "
-                f"{train.pixels.shape[-1]}; resize them to one size, or use protocol imagenet"
+                f"{path}: test images are {test_side} pixels wide, training images {side}; resize them to one size, "
+                "or use protocol imagenet"
             )
-        return _resident(source, protocol, classes, train, test, image_size)
+        _require_size(source, image_size, side)
+        return ImageData(source, protocol, classes, train, test, side)
     image_size = 224 if image_size is None else image_size
     if image_size <= 0 or image_size % 32:
         raise DataError(
             f"image_size {image_size}: protocol imagenet halves it five times, so it must be a multiple of 32"
         )
-    check_headers(train)
-    check_headers(test)
     return ImageData(source, protocol, classes, train, test, image_size)
 
 
 def _resident(source, protocol, classes, train, test, image_size) -> ImageData:
-    side = train.pixels.shape[-1]
+    _require_size(source, image_size, train.pixels.shape[-1])
+    return ImageData(source, protocol, classes, train, test, train.pixels.shape[-1])
+
+
+def _require_size(source: str, image_size: int | None, side: int) -> None:
     if image_size not in (None, side):
         raise DataError(
             f"{source}: image_size {image_size}, but the images are {side}x{side}; only protocol imagenet resizes, "
             "so leave image_size out"
         )
-    return ImageData(source, protocol, classes, train, test, side)
 
 
 def _require(protocol: str | None, only: str, source: str, reason: str) -> None:
