@@ -41,7 +41,7 @@ class Options:
 
 def learn(options: Options, kernels: str, seed: int) -> dict:
     """Losses of each step, and at the end alphas and the validation accuracy."""
-    from fpdarts.data import Loader, open_data
+    from fpdarts.data import Loader, open_data, select_reader
 
     config = SearchConfig(
         data=options.data, kernels=kernels, seed=seed, batch_size=options.batch_size, amp="off", workers=0,
@@ -50,7 +50,7 @@ def learn(options: Options, kernels: str, seed: int) -> dict:
     data = open_data(config.data, config.protocol, config.image_size)
     config = configuration.resolved(config, data.protocol)
     device = torch.device(options.device)
-    weight_loader, architecture_loader, whole = loaders(config, data, device)
+    weight_loader, architecture_loader, whole = loaders(config, data, device, select_reader("auto", data)[0])
     few = whole.images.limited(options.validation_images)
     validation_loader = Loader(few, data, options.batch_size, None, 0, device)
     torch.manual_seed(seed)

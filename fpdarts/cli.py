@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from fpdarts.config import Amp, EvaluateConfig, Kernels, RetrainConfig, SearchConfig, Stem
-from fpdarts.errors import KernelMismatch, NonFiniteLoss, RunError
+from fpdarts.errors import DataError, KernelMismatch, NonFiniteLoss, RunError
 from fpdarts.kernels import BackendUnavailable
 
 
@@ -82,12 +82,41 @@ class CheckKernels:
     """Print the result as JSON on standard output; the table goes to standard error."""
 
 
+@dataclass(frozen=True)
+class SplitImagenet:
+    """Write the class-balanced parts of a search as two lists of files, which search reads by --split."""
+
+    data: str
+    """Image folder."""
+    out: str
+    """Directory for weights.txt and architecture.txt."""
+    weights: float = 0.10
+    """Part of the training images that trains the weights."""
+    architecture: float = 0.025
+    """Part of the training images that trains the architecture and validates."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """Look into every file of an image folder: which cannot be used, and what is done with the others."""
+
+    path: tyro.conf.Positional[str]
+    """Image folder."""
+    bad: str | None = None
+    """Write the files that would stop a run into this list, for --skip of search, retrain and evaluate."""
+    json: bool = False
+    """Print all findings as JSON on standard output."""
+
+
 Command = (
     Annotated[SearchConfig, tyro.conf.subcommand("search")]
     | Annotated[RetrainConfig, tyro.conf.subcommand("retrain")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[GenotypeCommand, tyro.conf.subcommand("genotype")]
     | Annotated[CheckKernels, tyro.conf.subcommand("check-kernels")]
+    | Annotated[CheckData, tyro.conf.subcommand("check-data")]
+    | Annotated[SplitImagenet, tyro.conf.subcommand("split-imagenet")]
 )
 _DESCRIPTION = "Fast parallel differentiable architecture search: search, retrain, evaluate."
 _CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -127,6 +156,15 @@ def _run(command, arguments):
         _print_result(evaluate(command), command.json)
     elif isinstance(command, CheckKernels):
         _check_kernels(command)
+    elif isinstance(command, CheckData):
+        _check_data(command)
+    elif isinstance(command, SplitImagenet):
+        from fpdarts.data import open_data, write_split
+
+        data = open_data(command.data)
+        counts = write_split(data, command.weights, command.architecture, command.seed, command.out)
+        for name, count in counts.items():
+            print(f"{Path(command.out) / name}: {count:,} images")
     else:
         _genotype(command.action)
 
@@ -190,6 +228,23 @@ def _check_kernels(command):
         raise KernelMismatch(
             f"kernels {report['kernels']} are out of tolerance in {wrong} of {len(rows)} operations, marked WRONG; "
             "choose others by --kernels, or --amp off"
+        )
+
+
+def _check_data(command):
+    from fpdarts.data.preflight import check_folder, summary
+    from fpdarts.files import replacing
+
+    report = check_folder(command.path)
+    print(json.dumps(report) if command.json else summary(report))
+    if command.bad is not None:
+        with replacing(command.bad) as file:
+            file.writelines(f"{name}\n".encode() for name in report["bad"])
+    if not report["ok"]:
+        listed = f"listed in {command.bad}" if command.bad else "--bad FILE lists them for --skip"
+        raise DataError(
+            f"{command.path}: {len(report['bad'])} files cannot be used ({listed}), "
+            f"{len(report['problems'])} problems of the folder"
         )
 
 

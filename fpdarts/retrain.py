@@ -39,7 +39,8 @@ def retrain(config: RetrainConfig) -> dict:
     genotype = find(config.out if config.resume else config.genotype)  # a resumed run keeps the copy it started with
     data = open_data(config.data, config.protocol, config.image_size, config.skip)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
-    train_loader, holdout_loader, test_loader = _loaders(config, data, device)
+    reader, told_reader = select_reader(config.loader, data)
+    train_loader, holdout_loader, test_loader = _loaders(config, data, device, reader)
 
     torch.manual_seed(config.seed)
     network = build_network(config, genotype, len(data.classes)).to(device, memory_format=torch.channels_last)
@@ -50,7 +51,7 @@ def retrain(config: RetrainConfig) -> dict:
     take_step = _steps(config, network, optimizer, device)
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
-    print(told, file=sys.stderr)
+    print(told, told_reader, sep="\n", file=sys.stderr)
     prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if not config.resume:
         genotype.save(run.path / "genotype.json")
@@ -104,11 +105,9 @@ def _steps(config, network, optimizer, device):
     return take
 
 
-def _loaders(config, data, device):
+def _loaders(config, data, device, reader):
     """Of the training images, of those held out (None without --holdout) and of the test images."""
     augment = replace(augmentation(data.protocol, "retrain"), cutout=config.cutout)
-    reader, told = select_reader(config.loader, data)
-    print(told, file=sys.stderr)
     images, test_images = data.train, data.test
     if reader == "resident":
         images, test_images = in_memory(images, data, augment), in_memory(test_images, data, None)

@@ -43,7 +43,8 @@ def search(config: SearchConfig) -> dict:
     )  # fails now, with the reason, not after the data is read
     data = open_data(config.data, config.protocol, config.image_size, config.skip)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
-    weight_loader, architecture_loader, validation_loader = loaders(config, data, device)
+    reader, told_reader = select_reader(config.loader, data)
+    weight_loader, architecture_loader, validation_loader = loaders(config, data, device, reader)
 
     torch.manual_seed(config.seed)
     model = build_supernet(config, len(data.classes)).to(device)
@@ -54,7 +55,7 @@ def search(config: SearchConfig) -> dict:
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
     run, first_epoch = Run.open("search", config, data, stateful)
-    print(told, file=sys.stderr)
+    print(told, told_reader, sep="\n", file=sys.stderr)
     for optimizer in (weight_optimizer, architect.optimizer):
         prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if config.gates == "fixed":
@@ -141,11 +142,9 @@ def build_supernet(config: SearchConfig, num_classes: int) -> SuperNet:
     )
 
 
-def loaders(config, data, device):
+def loaders(config, data, device, reader):
     """Of the weight part, of the architecture part for its steps, and of the same for validation."""
     augment = augmentation(data.protocol, "search")
-    reader, told = select_reader(config.loader, data)
-    print(told, file=sys.stderr)
     images = in_memory(data.train, data, augment) if reader == "resident" else data.train
     if config.split is not None:
         weight_images, architecture_images = read_split(config.split, images, data)

@@ -5,11 +5,12 @@ reads for it: resident.py (with cache.py), dali.py or workers.py.
 """
 
 from fpdarts.data.augment import Augmentation, augmentation
-from fpdarts.data.images import DataError, ImageData, Images
+from fpdarts.data.images import ImageData, Images
 from fpdarts.data.loader import Loader, select_reader
 from fpdarts.data.resident import in_memory
 from fpdarts.data.source import open_data
 from fpdarts.data.split import read_split, write_split
+from fpdarts.errors import DataError
 
 __all__ = [
     "Augmentation",

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fpdarts.data.images import DataError, Images
+from fpdarts.data.images import Images
+from fpdarts.errors import DataError
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE  # a record is planar: 1024 red bytes, 1024 green, 1024 blue, each row by row

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fpdarts.data.augment import Views
-from fpdarts.data.images import DataError, Images
+from fpdarts.data.images import Images
+from fpdarts.errors import DataError
 
 T = TypeVar("T")
 CHUNK = 256  # files a task of the pool: a future for each of a million files would take a gigabyte

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpdarts.errors import DataError
+
 # Mean and standard deviation of each channel over the training images, with pixels in 0..1.
 NORMALIZATION = {
     "digits": ((0.3054,) * 3, (0.3760,) * 3),
@@ -12,10 +14,6 @@ NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 PROTOCOLS = tuple(NORMALIZATION)
-
-
-class DataError(ValueError):
-    """The data cannot be used as it is. The message names the file, class or field, and says what to do."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fpdarts.data.augment import Augmentation, Views, cut_out_, jitter_
 from fpdarts.data.folder import cores, header_sizes
-from fpdarts.data.images import DataError, ImageData, Images
+from fpdarts.data.images import ImageData, Images
+from fpdarts.errors import DataError
 
 READERS = ("resident", "dali", "torchvision")
 

@@ -8,7 +8,8 @@ import torch
 from fpdarts.data.cifar import LAYOUTS, find_cifar, load_cifar
 from fpdarts.data.folder import image_size as size_of
 from fpdarts.data.folder import is_image_folder, list_folder, skipped, square_size
-from fpdarts.data.images import PROTOCOLS, DataError, ImageData, Images
+from fpdarts.data.images import PROTOCOLS, ImageData, Images
+from fpdarts.errors import DataError
 
 SMALL = 64  # a folder whose images are no larger is trained like CIFAR
 

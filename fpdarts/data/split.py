@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fpdarts.data.images import DataError, ImageData, Images
+from fpdarts.data.images import ImageData, Images
+from fpdarts.errors import DataError
 from fpdarts.files import replacing
 
 NAMES = ("weights.txt", "architecture.txt")

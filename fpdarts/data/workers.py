@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fpdarts.data.augment import Views
 from fpdarts.data.folder import read_image, wrong_size
-from fpdarts.data.images import DataError, Images
+from fpdarts.data.images import Images
+from fpdarts.errors import DataError
 
 
 class TorchvisionReader:

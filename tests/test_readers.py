@@ -1,0 +1,321 @@
+"""The loaders' readers against one another: same images, same choices; shards, resuming, errors."""
+
+import os
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fpdarts.data import Augmentation, DataError, ImageData, Images, Loader, augmentation, in_memory, open_data
+from fpdarts.data import loader as loader_module
+from fpdarts.data.loader import select_reader
+from tests.made import random_pixels, write_image
+
+needs_dali = pytest.mark.skipif(
+    find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="nvidia-dali is not installed"
+)
+READERS = ["resident", "torchvision", pytest.param("dali", marks=needs_dali)]
+FILE_READERS = READERS[1:]
+
+
+def write_jpegs(root, size, parts=("train", "test"), count=7):
+    """Two classes of smooth colours, as photographs are; size: of (part, label, number) -> width and height."""
+    for part in parts:
+        for label, name in enumerate(("cat", "dog")):
+            for number in range(count):
+                seed = 100 * label + number + (50 if part == "test" else 0)
+                coarse = Image.fromarray(random_pixels(6, 5, 3, seed=seed))
+                file = root / part / name / f"{number}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                coarse.resize(size(number), Image.Resampling.BICUBIC).save(file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Files of many sizes, wide and high, some smaller than what is read, under protocol imagenet."""
+    root = write_jpegs(tmp_path_factory.mktemp("large"), lambda number: (25 + 23 * number, 130 - 17 * number))
+    write_image(root / "test" / "dog" / "grey.png", 60, 45, mode="L")
+    return open_data(root, "imagenet", image_size=32)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Files of one size, under protocol cifar."""
+    return open_data(write_jpegs(tmp_path_factory.mktemp("small"), lambda number: (32, 32)))
+
+
+def make(images, data, reader, augment=None, batch_size=4, **options):
+    if reader == "resident":
+        images = in_memory(images, data, augment)
+    return Loader(images, data, batch_size, augment, options.pop("seed", 5), reader=reader, workers=1, **options)
+
+
+def all_of(batches):
+    images, labels = zip(*batches)
+    return torch.cat(images), torch.cat(labels)
+
+
+# ---- the same for all -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["large", "small", "pixels"])
+@pytest.mark.parametrize("reader", READERS)
+def test_evaluation_is_the_same(kind, reader, request):
+    data = request.getfixturevalue("small" if kind == "pixels" else kind)
+    part = in_memory(data.test, data, None) if kind == "pixels" else data.test
+    images, labels = all_of(make(part, data, reader).epoch())
+    expected, expected_labels = all_of(make(data.test, data, "torchvision").epoch())
+    assert torch.equal(labels, expected_labels) and torch.equal(labels, data.test.labels)
+    # one decoder (libjpeg-turbo) and one resize, so on a CPU the same bits
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("stage", ["search", "retrain"])
+@pytest.mark.parametrize("kind", ["large", "small", "pixels"])
+@pytest.mark.parametrize("reader", READERS)
+def test_training_shows_the_same_cut_out_alike(kind, stage, reader, request):
+    data = request.getfixturevalue("small" if kind == "pixels" else kind)
+    if kind == "large" and reader == "resident":
+        pytest.skip("resident images have no random crops of files")
+    augment = augmentation(data.protocol, stage)
+    part = in_memory(data.train, data, augment) if kind == "pixels" else data.train
+    images, labels = all_of(make(part, data, reader, augment).epoch(3))
+    expected, expected_labels = all_of(make(data.train, data, "torchvision", augment).epoch(3))
+    assert torch.equal(labels, expected_labels)
+    assert torch.equal(images, expected)
+    assert len(images) == 14 and not torch.equal(labels, data.train.labels)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("reader", READERS)
+def test_ranks_share_an_evaluation(small, reader, ranks):
+    shares = [make(small.test, small, reader, rank=rank, ranks=ranks) for rank in range(ranks)]
+    parts = [all_of(share.epoch()) for share in shares]
+    assert sum(len(labels) for _, labels in parts) == 14
+    images, labels = all_of(make(small.test, small, "resident").epoch())
+    for rank, (own, own_labels) in enumerate(parts):
+        assert torch.equal(own, images[rank::ranks]) and torch.equal(own_labels, labels[rank::ranks])
+        assert len(shares[rank]) == -(-len(own) // 4)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_ranks_share_a_training_in_equal_parts(small, reader):
+    shares = [make(small.train, small, reader, Augmentation(), rank=rank, ranks=3) for rank in range(3)]
+    parts = [all_of(share.epoch(1))[0] for share in shares]
+    assert [len(part) for part in parts] == [4, 4, 4] and [len(share) for share in shares] == [1, 1, 1]
+    together = torch.cat(parts)
+    whole = all_of(make(small.train, small, reader, Augmentation()).epoch(1))[0]
+    assert torch.equal(together.flatten(1).unique(dim=0), whole[:12].flatten(1).unique(dim=0))
+
+
+def test_more_ranks_than_images(small):
+    few = small.test.subset([3, 9])
+    loaders = [make(few, small, "resident", rank=rank, ranks=3) for rank in range(3)]
+    assert [len(list(loader.epoch())) for loader in loaders] == [1, 1, 0]
+    with pytest.raises(DataError, match="2 images are too few for training on 3 ranks"):
+        make(few, small, "resident", Augmentation(), ranks=3)
+    with pytest.raises(ValueError, match="rank must be at least 0 and below ranks, 2, not 2"):
+        make(few, small, "resident", rank=2, ranks=2)
+
+
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_an_interrupted_loader_goes_on_exactly(large, reader):
+    augment = augmentation("imagenet", "retrain")
+    uninterrupted = make(large.train, large, reader, augment)
+    expected = [batch for _ in range(3) for batch in uninterrupted]  # 3 epochs of 4 batches
+    assert len(expected) == 12 and uninterrupted.state_dict()["epoch"] == 3
+    for stop in (0, 2, 4, 7):
+        before = make(large.train, large, reader, augment)
+        batches = (batch for _ in range(3) for batch in before)
+        seen = [next(batches) for _ in range(stop)]
+        state = before.state_dict()
+        assert (state["epoch"], state["batch"]) == divmod(stop, 4)
+        after = make(large.train, large, reader, augment)
+        after.load_state_dict(state)
+        rest = [batch for _ in range(state["epoch"], 3) for batch in after]
+        for (images, labels), (other, other_labels) in zip(seen + rest, expected, strict=True):
+            assert torch.equal(images, other) and torch.equal(labels, other_labels)
+
+
+def test_state_of_another_loader_is_refused(small):
+    state = make(small.train, small, "resident", Augmentation(), seed=1).state_dict()
+    with pytest.raises(ValueError, match="state is of seed 1, but this loader has 2"):
+        make(small.train, small, "resident", Augmentation(), seed=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_epochs_left_in_the_middle_and_under_way_at_once(large, reader):
+    loader = make(large.train, large, reader, augmentation("imagenet", "search"))
+    expected = {
+        number: all_of(make(large.train, large, reader, loader.augmentation).epoch(number)) for number in (1, 2)
+    }
+    next(loader.epoch(1))
+    for batches, number in zip(zip(*zip(loader.epoch(1), loader.epoch(2))), (1, 2)):
+        assert torch.equal(all_of(batches)[0], expected[number][0])
+    assert torch.equal(all_of(loader.epoch(2))[0], expected[2][0])
+
+
+def test_batches_that_are_kept_stay_as_they_are(small):
+    loader = make(small.train, small, "resident", Augmentation())
+    kept = list(loader.epoch(0))
+    copies = [images.clone() for images, _ in kept]
+    part_of_one = kept.pop()[0][1:, :, 3]
+    as_it_was = part_of_one.clone()
+    for number in range(3):
+        for images, _ in loader.epoch(number):
+            images.zero_()
+    for (images, _), copy in zip(kept, copies):
+        assert torch.equal(images, copy)
+    assert torch.equal(part_of_one, as_it_was)
+    places = {images.data_ptr() for _ in range(4) for images, _ in loader.epoch(0)}
+    assert len(places) <= 3, "memory that nothing refers to is used again"
+
+
+# ---- augmentation ---------------------------------------------------------------------------------------------------
+
+
+def test_resident_batches_wait_for_nothing(small):
+    """Nothing is asked of the values, so that a CUDA graph can hold it: fake tensors have none."""
+    from torch._subclasses import FakeTensorMode
+
+    from fpdarts.data.augment import Views
+    from fpdarts.data.resident import ResidentReader
+
+    pixels = in_memory(small.train, small, None).pixels
+    views = Views.drawn(augmentation("cifar", "retrain"), None, 6, 32, torch.Generator())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        reader = ResidentReader(mode.from_tensor(pixels), 4, torch.device("cpu"))
+        out = reader.pixels(mode.from_tensor(torch.arange(6)), views._each(mode.from_tensor))
+    assert out.shape == (6, 3, 32, 32) and out.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("size", [(100, 300), (40, 41), (300, 20), (8, 300)], ids=str)
+def test_random_boxes_are_torchvisions(size):
+    from torchvision.transforms import RandomResizedCrop
+
+    from fpdarts.data.augment import _random_boxes
+
+    boxes = _random_boxes(torch.tensor([size]).expand(4000, 2), torch.Generator().manual_seed(1)).double()
+    torch.manual_seed(2)
+    image = torch.empty(3, *size)
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
+    ).double()
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= torch.tensor(size)).all()
+    # 6 standard errors of a difference of means
+    error = 6 * (boxes.var(0) + theirs.var(0)).div(4000).sqrt() + 1e-9
+    assert ((boxes.mean(0) - theirs.mean(0)).abs() < error).all(), (boxes.mean(0), theirs.mean(0))
+    if min(size) > 30:  # in narrower ones nearly no try fits, and the spread is that of a few
+        assert torch.allclose(boxes.std(0), theirs.std(0), rtol=0.08), (boxes.std(0), theirs.std(0))
+    else:
+        assert torch.equal(boxes.mode(0).values, theirs.mode(0).values)
+
+
+def test_the_middle_is_torchvisions():
+    from torchvision.transforms import v2
+
+    from fpdarts.data.augment import Views
+
+    transform = v2.Compose([v2.Resize(37, antialias=True), v2.CenterCrop(32)])
+    for size in ((50, 71), (71, 50), (37, 37), (20, 33), (400, 401), (33, 200)):
+        image = torch.from_numpy(random_pixels(3, *size))
+        views = Views.central(torch.tensor([size]), 32)
+        (top, left), whole = views.corner[0].tolist(), v2.functional.resize(image, views.size[0].tolist())
+        assert torch.equal(whole[:, top : top + 32, left : left + 32], transform(image)), size
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)], ids=str)
+def test_jitter_is_torchvisions(order):
+    from torchvision.transforms.v2 import functional as transforms
+
+    from fpdarts.data.augment import jitter_
+
+    images = torch.rand(5, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    images[0, :, :4] = 0.25  # grey: no hue
+    images[1, :, 2] = 0
+    jitter = torch.tensor(
+        [[1.3, 0.7, 1.4, 0.2], [0.6, 1.4, 0.6, -0.2], [1, 1, 1, 0], [1.4, 1.2, 0.9, 0.03], [1, 0.8, 1.1, -0.1]]
+    )
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    expected = []
+    for image, factors in zip(images, jitter.tolist()):
+        for step in order:
+            image = getattr(transforms, names[step])(image, factors[step])
+        expected.append(image)
+    found = jitter_(images * 255, jitter, list(order)) / 255
+    # float32: a hue is a quotient of small differences, which brightness and clamping leave with fewer digits
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=2e-5)
+
+
+# ---- choice and errors ----------------------------------------------------------------------------------------------
+
+
+def test_choice_of_a_reader(small, large, monkeypatch):
+    assert select_reader("auto", small)[0] == "resident"
+    assert select_reader("torchvision", large) == ("torchvision", "loader: torchvision (as asked)")
+    with pytest.raises(ValueError, match="unknown loader 'ffcv'; one of: auto, resident, dali, torchvision"):
+        select_reader("ffcv", small)
+    with pytest.raises(ValueError, match="resident keeps one crop of each image.*choose dali or torchvision"):
+        in_memory(large.train, large, augmentation("imagenet", "search"))
+    monkeypatch.setattr(loader_module, "find_spec", lambda name: None)
+    assert select_reader("auto", large) == ("torchvision", "loader: torchvision (nvidia-dali is not installed)")
+    with pytest.raises(ValueError, match="loader dali: nvidia-dali is not installed; install it"):
+        select_reader("dali", large)
+
+
+@needs_dali
+def test_auto_takes_dali_for_files(large):
+    assert select_reader("auto", large)[0] == "dali"
+
+
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_a_file_that_is_damaged_later_is_named(tmp_path, reader):
+    data = open_data(write_jpegs(tmp_path, lambda number: (90, 70)), image_size=32)
+    loader = make(data.train, data, reader, augmentation("imagenet", "search"))
+    path = data.train.paths[9]
+    os.truncate(path, os.path.getsize(path) // 2)
+    with pytest.raises(DataError, match=r"train/dog/2.jpg: cannot be read as an image"):
+        all_of(loader.epoch(0))
+
+
+@needs_dali
+def test_a_file_that_only_dali_cannot_decode_is_named(tmp_path):
+    data = open_data(write_jpegs(tmp_path, lambda number: (90, 70)), image_size=32)
+    Image.fromarray(random_pixels(70, 90, 3)).save(data.train.paths[9], format="GIF")
+    with pytest.raises(DataError, match=r"train/dog/2.jpg: DALI cannot decode it, though Pillow can .*skip it"):
+        all_of(make(data.train, data, "dali", augmentation("imagenet", "search")).epoch(0))
+    assert len(all_of(make(data.train, data, "torchvision", augmentation("imagenet", "search")).epoch(0))[1]) == 14
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_of_another_size_is_named(tmp_path, reader):
+    data = open_data(write_jpegs(tmp_path, lambda number: (32, 32)))
+    write_image(tmp_path / "train" / "dog" / "2.jpg", 36)
+    with pytest.raises(DataError, match=r"train/dog/2.jpg: is 36x36, but the first image is 32x32"):
+        all_of(make(data.train, data, reader, augmentation("cifar", "search")).epoch(0))
+
+
+def test_skipped_files_are_left_out(tmp_path):
+    write_jpegs(tmp_path / "images", lambda number: (32, 32))
+    (tmp_path / "bad.txt").write_text("train/cat/3.jpg\ntest/dog/0.jpg\n")
+    data = open_data(tmp_path / "images", skip=tmp_path / "bad.txt")
+    assert (len(data.train), len(data.test)) == (13, 13)
+    assert not any(path.endswith(("train/cat/3.jpg", "test/dog/0.jpg")) for path in data.train.paths + data.test.paths)
+    (tmp_path / "bad.txt").write_text("train/cat/3.jpg\ntrain/cat/none.jpg\n")
+    with pytest.raises(DataError, match="bad.txt: line 2 names train/cat/none.jpg, which is not in"):
+        open_data(tmp_path / "images", skip=tmp_path / "bad.txt")
+    with pytest.raises(DataError, match="nowhere.txt: cannot be read as a list"):
+        open_data(tmp_path / "images", skip=tmp_path / "nowhere.txt")
+    with pytest.raises(DataError, match="digits: are built in, so there are no files to skip"):
+        open_data("digits", skip="bad.txt")
+
+
+def test_images_in_memory_keep_their_names():
+    images = Images(torch.tensor([0, 1]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("a", "b"))
+    assert images.subset([1]).paths == ("b",) and images.subset([1]).pixels.shape == (1, 3, 4, 4)
+    data = ImageData("made", "cifar", ("x", "y"), images, images, 4)
+    assert Loader(images, data, 2, None, 0).reader == "resident"
+    assert np.array_equal(next(Loader(images, data, 2, None, 0).epoch())[1], [0, 1])
