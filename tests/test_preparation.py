@@ -1,0 +1,286 @@
+"""What is done before a run: the cache of decoded images, check-data, split-imagenet. All files are made here."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fpdarts.cli import main
+from fpdarts.data import DataError, in_memory, open_data, read_split, write_split
+from fpdarts.data import cache as cache_module
+from tests.made import random_pixels, write_folder, write_image
+
+# ---- cache ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An image folder and an empty cache; counts the files that are decoded."""
+    monkeypatch.setenv("FPDARTS_CACHE", str(tmp_path / "cache"))
+    decode, decoded = cache_module.decode_chunk, []
+
+    def counted(paths, **options):
+        decoded.extend(paths)
+        return decode(paths, **options)
+
+    monkeypatch.setattr(cache_module, "decode_chunk", counted)
+    return write_folder(tmp_path / "images", count=4), tmp_path / "cache", decoded
+
+
+def pixels_of(path):
+    data = open_data(path)
+    return in_memory(data.train, data, None).pixels
+
+
+EXPECTED = np.stack([random_pixels(16, 16, 3, seed=seed) for seed in (0, 1, 2, 3, 10, 11, 12, 13)])
+
+
+def assert_right(pixels):
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(pixels.permute(0, 2, 3, 1).numpy(), EXPECTED)
+
+
+def test_files_are_decoded_once(folder, capsys):
+    path, cache, decoded = folder
+    assert_right(pixels_of(path))
+    assert len(decoded) == 8 and "decoded images are kept in" in capsys.readouterr().err
+    assert_right(pixels_of(path))
+    assert len(decoded) == 8 and len(list(cache.glob("*.npy"))) == 1
+    moved = path.rename(path.with_name("moved"))
+    assert_right(pixels_of(moved))
+    assert len(decoded) == 8, "the name is made of contents, not of places"
+
+
+def test_changed_contents_are_decoded_again(folder):
+    path, _, decoded = folder
+    first = pixels_of(path)
+    file = path / "train" / "dog" / "2.png"
+    size, times = file.stat().st_size, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    written = write_image(file, seed=77)
+    os.truncate(file, max(size, file.stat().st_size))  # as long as it was, if it can be, and as old
+    os.utime(file, ns=times)
+    pixels = pixels_of(path)
+    assert len(decoded) == 16 and np.array_equal(pixels[6].permute(1, 2, 0).numpy(), written)
+    assert torch.equal(pixels[:6], first[:6])
+
+
+@pytest.mark.parametrize("damage", ["half", "header", "empty", "other"])
+def test_a_damaged_cache_is_made_again(folder, damage):
+    path, cache, decoded = folder
+    pixels_of(path)
+    (file,) = cache.glob("*.npy")
+    if damage == "other":
+        np.save(file, np.zeros((8, 4, 4, 3), np.uint8))
+    else:
+        os.truncate(file, {"half": file.stat().st_size // 2, "header": 40, "empty": 0}[damage])
+    assert_right(pixels_of(path))
+    assert len(decoded) == 16
+    assert_right(pixels_of(path))
+    assert len(decoded) == 16
+
+
+def test_what_a_killed_process_left_is_no_hindrance(folder):
+    path, cache, decoded = folder
+    pixels_of(path)
+    (file,) = cache.glob("*.npy")
+    file.rename(cache / f".{file.name}.partial")  # a process that was killed just before the last step
+    assert_right(pixels_of(path))
+    assert len(decoded) == 16 and [f.name for f in cache.glob("*.npy*")] == [file.name]
+
+
+def test_of_several_at_once_one_decodes(folder):
+    path, _, decoded = folder
+    with ThreadPoolExecutor(4) as pool:
+        for pixels in pool.map(pixels_of, [path] * 4):
+            assert_right(pixels)
+    assert len(decoded) == 8
+
+
+def test_a_failure_leaves_nothing_half_written(folder):
+    path, cache, _ = folder
+    (path / "train" / "dog" / "3.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="dog/3.png: cannot be read"):
+        pixels_of(path)
+    assert not list(cache.glob("*.npy*"))
+
+
+def test_without_a_cache(folder, monkeypatch, tmp_path, capsys):
+    path, cache, decoded = folder
+    monkeypatch.setenv("FPDARTS_CACHE", "off")
+    assert_right(pixels_of(path))
+    assert not cache.exists()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FPDARTS_CACHE", str(tmp_path / "file"))
+    assert_right(pixels_of(path))
+    assert "warning: no cache of decoded images" in capsys.readouterr().err
+
+
+# ---- check-data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def messy(tmp_path):
+    """A folder with one of everything, and what check-data must find in it."""
+    root = write_folder(tmp_path / "messy", count=2, size=24, suffix="jpg")
+    cat, dog = root / "train" / "cat", root / "train" / "dog"
+    write_image(cat / "grey.png", mode="L")
+    write_image(cat / "print.jpg", mode="CMYK")
+    write_image(cat / "clear.png", mode="RGBA")
+    Image.fromarray(np.full((8, 8), 0x80FF, np.uint16)).save(cat / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(random_pixels(9, 12, 3)).save(dog / "turned.jpg", exif=exif)
+    Image.fromarray(random_pixels(9, 12, 3)).save(dog / "really.jpg", format="PNG")
+    Image.fromarray(random_pixels(9, 12, 3)).save(dog / "moving.jpg", format="GIF")
+    write_image(dog / "forgotten.png")
+    (dog / "forgotten.png").rename(dog / "forgotten.old")
+    (dog / "notes.txt").write_text("not for training")
+    (dog / "empty.jpg").touch()
+    (dog / "text.jpg").write_text("no image")
+    write_image(dog / "cut.jpg", 60)
+    os.truncate(dog / "cut.jpg", (dog / "cut.jpg").stat().st_size // 2)
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(cat / "float.tiff")
+    (root / "train" / "bird").mkdir()
+    findings = {
+        "empty file": ["train/dog/empty.jpg"],
+        "not an image": ["train/dog/text.jpg"],
+        "truncated or damaged": ["train/dog/cut.jpg"],
+        "range unknown": ["train/cat/float.tiff"],
+        "name of another format": ["train/dog/moving.jpg", "train/dog/really.jpg"],
+        "image without an image's name": ["train/dog/forgotten.old"],
+        "no image": ["train/dog/notes.txt"],
+        "not for DALI": ["train/dog/moving.jpg"],
+        "greyscale": ["train/cat/grey.png"],
+        "CMYK": ["train/cat/print.jpg"],
+        "16-bit": ["train/cat/deep.png"],
+        "palette or transparency": ["train/cat/clear.png", "train/dog/moving.jpg"],
+        "rotated by its EXIF tag": ["train/dog/turned.jpg"],
+    }
+    return root, findings
+
+
+def command(capsys, *arguments):
+    try:
+        main([str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_check_data_finds_one_of_everything(messy, capsys, tmp_path):
+    root, expected = messy
+    status, out, err = command(capsys, "check-data", root, "--json", "--bad", tmp_path / "bad.txt")
+    report = json.loads(out)
+    found = dict(report["findings"])
+    # a GIF may be stored with a palette or without
+    found["palette or transparency"] = sorted({*found["palette or transparency"], "train/dog/moving.jpg"})
+    assert found == expected
+    assert report["problems"] == [
+        "train/bird/ has no image that can be used",
+        "train/bird/ has no counterpart in test/",
+    ]
+    assert report["bad"] == ["train/cat/float.tiff", "train/dog/cut.jpg", "train/dog/empty.jpg", "train/dog/text.jpg"]
+    assert report["images"] == 2 * 2 * 2 + 4 + 3 and report["classes"] == 3 and not report["ok"]
+    assert status == 1 and "4 files cannot be used" in err and "2 problems" in err
+    assert (tmp_path / "bad.txt").read_text().split() == report["bad"]
+
+    (root / "train" / "bird").rmdir()
+    data = open_data(root, "imagenet", image_size=32, skip=tmp_path / "bad.txt")
+    from fpdarts.data import Loader
+
+    batches = list(Loader(data.train, data, 4, None, 0, reader="torchvision", workers=0).epoch())
+    assert sum(len(labels) for _, labels in batches) == 4 + 4 + 3, "all but the bad ones can be used"
+
+
+def test_check_data_of_a_good_folder(tmp_path, capsys):
+    root = write_folder(tmp_path / "good")
+    status, out, err = command(capsys, "check-data", root)
+    assert status == 0 and out == f"12 usable images of 2 classes in {root}\n" and not err
+    (root / "test" / "dog" / "1.png").write_text("no image")
+    status, out, err = command(capsys, "check-data", root)
+    assert status == 1 and "not an image: 1 (stops a run: repair, remove or skip it)\n    test/dog/1.png" in out
+    assert "--bad FILE lists them for --skip" in err
+    status, _, err = command(capsys, "check-data", root / "train")
+    assert status == 1 and "is no image folder" in err
+
+
+def test_check_data_of_parts(tmp_path, capsys):
+    report = json.loads(command(capsys, "check-data", write_folder(tmp_path, ("train",)), "--json")[1])
+    assert report["problems"] == ["test/ and val/ are missing; one of them is needed"]
+
+
+# ---- split-imagenet -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def splittable(tmp_path):
+    return write_folder(tmp_path / "images", classes=("a b", "cat", "dog"), count=8, size=32, suffix="jpg")
+
+
+def test_split_is_balanced_and_reproducible(splittable, tmp_path, capsys):
+    data = open_data(splittable)
+    for out, seed in (("one", 3), ("two", 3), ("other", 4)):
+        arguments = f"split-imagenet --weights 0.5 --architecture 0.25 --seed {seed}".split()
+        status, told, _ = command(capsys, *arguments, "--data", splittable, "--out", tmp_path / out)
+        assert status == 0 and told.endswith(
+            "weights.txt: 12 images\n" + f"{tmp_path / out}/architecture.txt: 6 images\n"
+        )
+    one, two, other = (
+        [(tmp_path / d / f"{n}.txt").read_text() for n in ("weights", "architecture")] for d in ("one", "two", "other")
+    )
+    assert one == two and one != other
+    weights, architecture = read_split(tmp_path / "one", data.train, data)
+    assert weights.labels.bincount().tolist() == [4, 4, 4] and architecture.labels.bincount().tolist() == [2, 2, 2]
+    assert not {*weights.paths} & {*architecture.paths}
+    assert one[0].splitlines()[0].startswith("a b/") and one[0].splitlines()[0].endswith(".jpg 0")
+    assert [path.rpartition("train/")[2] for path in weights.paths] == [line[:-2] for line in one[0].splitlines()]
+    status, _, err = command(capsys, *arguments, "--data", splittable, "--out", tmp_path / "one")
+    assert status == 1 and "weights.txt exists; choose another --out" in err
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (("cat/0.jpg 1\nbird/0.jpg 3\n", "dog/1.jpg 2\n"), "weights.txt: line 2 names bird/0.jpg, which is not in"),
+        (("cat/0.jpg 2\n", "dog/1.jpg 2\n"), "line 1 gives cat/0.jpg the label 2, but its folder is class 1"),
+        (("cat/0.jpg 1\n", "cat/0.jpg 1\n"), "architecture.txt: line 1 names cat/0.jpg, which .*weights.txt does too"),
+        (("cat/0.jpg 1\n", ""), "architecture.txt: lists no images"),
+        (("cat/0.jpg\n", "dog/1.jpg 2\n"), "line 1 is not a file name and a label: 'cat/0.jpg'"),
+        (("cat/0.jpg 1\n", None), "architecture.txt: cannot be read"),
+    ],
+)
+def test_errors_of_lists(splittable, tmp_path, lists, message):
+    data = open_data(splittable)
+    for name, text in zip(("weights", "architecture"), lists):
+        if text is not None:
+            (tmp_path / f"{name}.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_split(tmp_path, data.train, data)
+
+
+def test_errors_of_splitting(splittable, tmp_path):
+    digits = open_data("digits")
+    with pytest.raises(DataError, match="digits: is no image folder, whose files could be listed"):
+        write_split(digits, 0.1, 0.1, 0, tmp_path)
+    with pytest.raises(DataError, match="digits: is no image folder, whose files .* could list"):
+        read_split(tmp_path, digits.train, digits)
+    with pytest.raises(ValueError, match="--weights must lie between 0 and 1, not 1.5"):
+        write_split(open_data(splittable), 1.5, 0.1, 0, tmp_path)
+    with pytest.raises(ValueError, match="are more than all images together"):
+        write_split(open_data(splittable), 0.8, 0.3, 0, tmp_path)
+
+
+def test_search_reads_the_lists(splittable, tmp_path, capsys):
+    write_split(open_data(splittable), 0.5, 0.25, 0, tmp_path / "split")
+    arguments = ["search", "--data", splittable, "--split", tmp_path / "split", "--out", tmp_path / "run", "--json"]
+    arguments += "--epochs 1 --init-channels 4 --cells 3 --batch-size 6 --architecture-from 0".split()
+    status, out, err = command(capsys, *arguments)
+    assert status == 0, err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["split"] == str(tmp_path / "split")
+    assert "loader: resident" in err
