@@ -214,7 +214,7 @@ def test_evaluation_of_files(files):
     batches = epoch_of(Loader(files.test, files, 5, None, seed=0, workers=1))
     assert [len(labels) for _, labels in batches] == [5, 3]
     assert torch.equal(torch.cat([labels for _, labels in batches]), files.test.labels)
-    # 37 = 32 * 256 / 224, rounded; of bytes, which torchvision resizes as Pillow does to within a level
+    # 37 = 32 * 256 / 224, rounded; of bytes, which torchvision resizes as Pillow does to within two levels
     transform = v2.Compose([v2.PILToTensor(), v2.Resize(37), v2.CenterCrop(32)])
     expected = torch.stack([transform(Image.open(path)) for path in files.test.paths])
     assert torch.equal(as_bytes(torch.cat([images for images, _ in batches]), files), expected)
