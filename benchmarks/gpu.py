@@ -243,44 +243,9 @@ def tuning(options):
 
 
 def loading(options):
-    """Every loader on the device: is it right, can a CUDA graph hold the resident one, and how fast are they?"""
-    import tempfile
-    from importlib.util import find_spec
-
-    import torch
-
     from benchmarks import loading as benchmark
 
-    dali = ("dali",) if find_spec("nvidia") and find_spec("nvidia.dali") else ()
-    counts = {"imagenet": (16, 64) if options.dry_run else (1024, 320), "cifar": (40 if options.dry_run else 5000, 32)}
-    result = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["FPDARTS_CACHE"] = f"{folder}/cache"
-        for protocol, (count, side) in counts.items():
-            path = benchmark.made_up(Path(folder) / protocol, protocol, count, side)
-            readers = ("torchvision", *dali, *(("resident",) if protocol == "cifar" else ()))
-            asked = benchmark.Options(
-                str(path), protocol, (*readers, "usual"), batch_size=16 if options.dry_run else 128,
-                workers=min(8, os.cpu_count()), rounds=1 if options.dry_run else 5, device=options.device,
-            )  # fmt: skip
-            levels = {reader: benchmark.agreement(asked, reader) for reader in readers}
-            result[protocol] = {"levels": levels, **benchmark.main(asked)}
-            print(protocol, levels, benchmark.show(result[protocol], asked), sep="\n")
-    if options.device == "cuda":
-        from fpdarts.data.augment import Views, augmentation
-        from fpdarts.data.resident import ResidentReader
-        from fpdarts.graphs import GraphedStep
-
-        pixels = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8)
-        reader = ResidentReader(pixels, 4, torch.device("cuda"))
-        step = GraphedStep(lambda order, corner, flip: (reader.pixels(order, Views(corner=corner, flip=flip)),))
-        for seed in range(5):
-            drawn = Views.drawn(augmentation("cifar", "search"), None, 64, 32, torch.Generator().manual_seed(seed))
-            order, views = torch.randperm(500)[:64].cuda(), drawn.to("cuda")
-            if not torch.equal(step(order, views.corner, views.flip)[0], reader.pixels(order, views)):
-                raise ValueError("a CUDA graph of the resident reader gives other images")
-        result["graph"] = "equal"
-    return result
+    return benchmark.on_device(options.device, options.dry_run)
 
 
 def _data(options) -> str:

@@ -14,7 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +27,10 @@ from benchmarks.limits import measure, synchronize
 from fpdarts import config as configuration
 from fpdarts.config import SearchConfig
 from fpdarts.data import ImageData, Loader, augmentation, in_memory, open_data
+from fpdarts.data.augment import Views
+from fpdarts.data.resident import ResidentReader
 from fpdarts.gates import GateSampler
+from fpdarts.graphs import GraphedStep
 from fpdarts.search import build_supernet, optimizers, weight_step
 
 
@@ -164,8 +169,7 @@ def main(options: Options) -> dict:
     result = {"data": Path(options.data).name, "protocol": data.protocol, "images": options.images or len(data.train)}
     result |= {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
     first: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["FPDARTS_CACHE"] = cache
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, FPDARTS_CACHE=cache):
         for reader in readers:
             first[reader] = _first_batch(reader, options, times)
         if "resident" in readers:
@@ -202,6 +206,38 @@ def main(options: Options) -> dict:
     if options.out:
         report.write(options.out, result, options.device)
     return result
+
+
+def on_device(device: str, dry_run: bool) -> dict:
+    """Every reader on a device, with images that are made up: is it right, and how fast? For benchmarks.gpu."""
+    dali = ("dali",) if find_spec("nvidia") and find_spec("nvidia.dali") else ()
+    counts = {"imagenet": (16, 64) if dry_run else (1024, 320), "cifar": (40 if dry_run else 5000, 32)}
+    result = {}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, FPDARTS_CACHE=f"{folder}/cache"):
+        for protocol, (count, side) in counts.items():
+            path = made_up(Path(folder) / protocol, protocol, count, side)
+            readers = ("torchvision", *dali, *(("resident",) if protocol == "cifar" else ()))
+            options = Options(
+                str(path), protocol, (*readers, "usual"), batch_size=16 if dry_run else 128,
+                workers=min(8, os.cpu_count()), rounds=1 if dry_run else 5, device=device,
+            )  # fmt: skip
+            levels = {reader: agreement(options, reader) for reader in readers}
+            result[protocol] = {"levels": levels, **main(options)}
+            print(protocol, levels, show(result[protocol], options), sep="\n")
+    return result | ({"graph": _check_graph()} if device == "cuda" else {})
+
+
+def _check_graph() -> str:
+    """Whether a CUDA graph can hold what the resident reader does for a batch. Raises ValueError if it cannot."""
+    pixels = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8)
+    reader = ResidentReader(pixels, 4, torch.device("cuda"))
+    step = GraphedStep(lambda order, corner, flip: (reader.pixels(order, Views(corner=corner, flip=flip)),))
+    for seed in range(5):
+        drawn = Views.drawn(augmentation("cifar", "search"), None, 64, 32, torch.Generator().manual_seed(seed))
+        order, views = torch.randperm(500)[:64].cuda(), drawn.to("cuda")
+        if not torch.equal(step(order, views.corner, views.flip)[0], reader.pixels(order, views)):
+            raise ValueError("a CUDA graph of the resident reader gives other images")
+    return "equal"
 
 
 def show(result: dict, options: Options) -> str:

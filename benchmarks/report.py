@@ -50,7 +50,7 @@ def environment(device: str = "cpu") -> dict:
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.platform()},
         "versions": {
             "python": platform.python_version(),
-            **{p: _version(p) for p in ("torch", "triton", "torchvision")},
+            **{p: _version(p) for p in ("torch", "triton", "torchvision", "nvidia-dali-cuda130")},
         },
         "commit": _commit(),
         "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from fpdarts.kernels import reference
 
-from benchmarks import compare, profile, sweep, table, work
+from benchmarks import compare, loading, profile, sweep, table, work
 from benchmarks.cases import DEFAULTS, PARTS, STEPS, Setting, build, check, reference_results
 from benchmarks.counting import Count
 from benchmarks.limits import Limits
@@ -207,6 +207,19 @@ def test_sweep_writes_and_draws(tmp_path):
     assert [point["value"] for point in points["batch_size"]] == [2, 4]
     assert set(points["cells"][0]["seconds"]) == {"reference", "eager"}
     assert out.with_suffix(".svg").read_text().count("<path") > 10
+
+
+def test_loading_compares_the_readers(tmp_path):
+    folder = loading.made_up(tmp_path / "images", "cifar", 40, 32)
+    options = loading.Options(
+        str(folder), readers=("resident", "torchvision", "usual"), batch_size=8, workers=0, rounds=2, steps=1,
+        init_channels=4, cells=3,
+    )  # fmt: skip
+    result = loading.main(options)
+    assert set(result["images_per_second"]) == set(result["search_step"]) == {"resident", "torchvision", "usual"}
+    assert set(result["over_usual"]) == {"resident", "torchvision"}
+    assert "resident, from the cache" in loading.show(result, options)
+    assert loading.agreement(options, "resident") == {"evaluation": 0, "training": 0}
 
 
 def test_the_readme_has_the_table_of_the_results():

@@ -1,5 +1,6 @@
 """The loaders' readers against one another: same images, same choices; shards, resuming, errors."""
 
+import json
 import os
 from importlib.util import find_spec
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fpdarts.cli import main
 from fpdarts.data import Augmentation, DataError, ImageData, Images, Loader, augmentation, in_memory, open_data
 from fpdarts.data import loader as loader_module
 from fpdarts.data.loader import select_reader
+from fpdarts.run import load_checkpoint, read_metrics
 from tests.made import random_pixels, write_image
 
 needs_dali = pytest.mark.skipif(
@@ -319,3 +322,54 @@ def test_images_in_memory_keep_their_names():
     data = ImageData("made", "cifar", ("x", "y"), images, images, 4)
     assert Loader(images, data, 2, None, 0).reader == "resident"
     assert np.array_equal(next(Loader(images, data, 2, None, 0).epoch())[1], [0, 1])
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+TINY = "--epochs 2 --init-channels 4 --cells 3 --batch-size 6 --workers 1 --device cpu".split()
+TIMES = ("seconds", "images_per_second")
+
+
+def run(command, folder, out, *more):
+    main([command, "--data", str(folder), "--out", str(out), *TINY, *more])
+    metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(out)]
+    return metrics, load_checkpoint(out)["model"]
+
+
+def assert_same_run(one, other):
+    assert one[0] == other[0]
+    assert all(torch.equal(one[1][name], other[1][name]) for name in other[1])
+
+
+@needs_dali
+@pytest.mark.parametrize("command", ["search", "retrain"])
+def test_runs_with_any_reader_are_the_same_and_resume(command, small, tmp_path, capsys):
+    runs = {}
+    for reader in ("resident", "torchvision", "dali"):
+        runs[reader] = run(command, small.source, tmp_path / reader, "--loader", reader)
+        assert f"loader: {reader} (as asked)" in capsys.readouterr().err
+    assert_same_run(runs["torchvision"], runs["resident"])
+    assert_same_run(runs["dali"], runs["resident"])
+
+    for file in ("checkpoints/epoch-0001.pt", "result.json"):  # as if it had been stopped in its second epoch
+        (tmp_path / "dali" / file).unlink()
+    main([command, "--out", str(tmp_path / "dali"), "--resume"])
+    assert "from epoch 2" in capsys.readouterr().err
+    metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(tmp_path / "dali")]
+    assert_same_run((metrics, load_checkpoint(tmp_path / "dali")["model"]), runs["resident"])
+
+
+@needs_dali
+def test_retraining_from_large_files(tmp_path, capsys):
+    folder = write_jpegs(tmp_path / "images", lambda number: (80 + 9 * number, 150 - 7 * number))
+    options = ["--protocol", "imagenet", "--image-size", "64", "--auxiliary-weight", "0"]
+    runs = [
+        run("retrain", folder, tmp_path / reader, "--loader", reader, *options) for reader in ("auto", "torchvision")
+    ]
+    assert "loader: dali (the fastest for files)" in capsys.readouterr().err
+    assert_same_run(*runs)
+    found = []
+    for reader in ("resident", "dali", "torchvision"):
+        main(["evaluate", "--run", str(tmp_path / "auto"), "--loader", reader, "--json", "--device", "cpu"])
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2] and found[0]["images"] == 14
