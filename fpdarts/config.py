@@ -158,6 +158,7 @@ SEARCH_DEFAULTS = {
         architecture_learning_rate=6e-3, architecture_clip=5.0, weight_fraction=0.10, architecture_fraction=0.025,
     ),
 }  # fmt: skip
+FRACTIONS = ("weight_fraction", "architecture_fraction")
 # Share of the epochs that pass before the first architecture step: 15 of 50, and 35 of 50 on ImageNet.
 ARCHITECTURE_START = {"digits": 0.3, "cifar": 0.3, "imagenet": 0.7}
 
@@ -188,6 +189,11 @@ def resolved(config: SearchConfig | RetrainConfig, protocol: str) -> SearchConfi
     """
     searching = isinstance(config, SearchConfig)
     defaults = (SEARCH_DEFAULTS if searching else RETRAIN_DEFAULTS)[protocol]
+    if searching and config.split is not None:  # the lists say which images, all of them
+        for field in ("limit", *FRACTIONS):
+            if getattr(config, field) is not None:
+                raise ValueError(f"--{field.replace('_', '-')} and --split exclude each other; leave one of them out")
+        defaults = {name: value for name, value in defaults.items() if name not in FRACTIONS}
     config = replace(config, protocol=protocol, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if searching and config.architecture_from is None:
         config = replace(config, architecture_from=round(config.epochs * ARCHITECTURE_START[protocol]))
@@ -208,12 +214,15 @@ def _check(config):
         require(getattr(config, field) >= 0, field, "at least 0")
     require(config.workers is None or config.workers >= 0, "workers", "at least 0")
     if isinstance(config, SearchConfig):
-        for field in ("weight_fraction", "architecture_fraction"):
-            require(0 < getattr(config, field) < 1, field, "between 0 and 1")
-        together = config.weight_fraction + config.architecture_fraction
-        require(
-            together < 1 + 1e-9, "architecture_fraction", f"at most 1 - {config.weight_fraction} (--weight-fraction)"
-        )
+        if config.split is None:
+            for field in FRACTIONS:
+                require(0 < getattr(config, field) < 1, field, "between 0 and 1")
+            rest = 1 - config.weight_fraction
+            require(
+                config.architecture_fraction < rest + 1e-9,
+                FRACTIONS[1],
+                f"at most 1 - {config.weight_fraction} (--weight-fraction)",
+            )
         require(config.architecture_from >= 0, "architecture_from", "at least 0")
         require(config.verify_every >= 0, "verify_every", "at least 0")
         require(config.unrolled_step_size > 0, "unrolled_step_size", "positive")

@@ -284,3 +284,8 @@ def test_search_reads_the_lists(splittable, tmp_path, capsys):
     assert status == 0, err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["split"] == str(tmp_path / "split")
     assert "loader: resident" in err
+    status, _, err = command(capsys, "search", "--resume", "--out", tmp_path / "run")
+    assert status == 0, err
+    for given in ("--limit 9", "--weight-fraction 0.5", "--architecture-fraction 0.1"):
+        status, _, err = command(capsys, *arguments[:5], *given.split())
+        assert status == 1 and f"{given.split()[0]} and --split exclude each other" in err
