@@ -92,6 +92,20 @@ def test_training_shows_the_same_cut_out_alike(kind, stage, reader, request):
     assert len(images) == 14 and not torch.equal(labels, data.train.labels)
 
 
+@needs_dali
+@pytest.mark.parametrize("stage", ["evaluation", "search"])
+def test_pipeline_of_a_gpu(large, stage):
+    """What DALI does by itself with a GPU, done on the CPU: its resize rounds otherwise than PyTorch's."""
+    augment = None if stage == "evaluation" else augmentation("imagenet", stage)
+    loader = make(large.train, large, "dali", augment)
+    loader._read._all_in_dali = True
+    images, labels = all_of(loader.epoch(2))
+    expected, expected_labels = all_of(make(large.train, large, "torchvision", augment).epoch(2))
+    assert torch.equal(labels, expected_labels)
+    levels = (images - expected).abs() * 255 * torch.tensor(large.std)[None, :, None, None]
+    assert levels.max() < 2.01 and levels.mean() < 0.5, (levels.max(), levels.mean())
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("reader", READERS)
 def test_ranks_share_an_evaluation(small, reader, ranks):

@@ -28,11 +28,12 @@ class DaliReader:
     def __init__(self, images: Images, side: int, resized: bool, batch_size: int, device: torch.device, workers: int):
         self._images, self._side, self._resized, self._batch_size = images, side, resized, batch_size
         self._device, self._workers = device, workers
+        self._all_in_dali = device.type == "cuda"  # else PyTorch does what follows the box
         self._idle: dict[tuple[str, ...], list] = {}  # pipelines by what they are fed; one for each epoch under way
 
     def __call__(self, order: Tensor, views: Views, places: list[slice]) -> Iterator[Tensor]:
         fed = tuple(views.of_files())
-        if self._device.type == "cpu" and "size" in fed:  # then PyTorch does what follows the box
+        if "size" in fed and not self._all_in_dali:
             fed = tuple(name for name in fed if name not in ("size", "corner"))
         idle = self._idle.setdefault(fed, [])
         source, pipeline = idle.pop() if idle else self._make(fed, self._batch_size)
@@ -56,7 +57,8 @@ class DaliReader:
         else:
             images = self._images.pixels[indices].permute(0, 2, 3, 1).contiguous().numpy()
         # As arrays of numpy: for tensors DALI asks torch for a CUDA stream, which fails without a driver.
-        return [images, *(np.ascontiguousarray(getattr(views, name), np.int32) for name in fed)]
+        kinds = (np.float32 if name == "size" else np.int32 for name in fed)  # as DALI's arguments are
+        return [images, *(np.ascontiguousarray(getattr(views, name), kind) for name, kind in zip(fed, kinds))]
 
     def _make(self, fed: tuple[str, ...], batch_size: int):
         gpu = self._device.type == "cuda"
@@ -73,7 +75,7 @@ class DaliReader:
             images, *rest = fn.external_source(
                 source,
                 num_outputs=1 + len(fed),
-                dtype=[types.UINT8] + [types.INT32] * len(fed),
+                dtype=[types.UINT8] + [types.FLOAT if name == "size" else types.INT32 for name in fed],
                 ndim=[1 if files else 3] + [0 if name == "flip" else 1 for name in fed],
                 layout=["" if files else "HWC"] + [""] * len(fed),
             )
@@ -112,7 +114,7 @@ class DaliReader:
             for number, (height, width, _) in zip(indices.tolist(), np.asarray(shapes.as_tensor())):
                 if (height, width) != (side, side):
                     raise wrong_size(self._images.paths[number], (width, height), side)
-        if self._device.type == "cuda" or views.size is None:
+        if self._all_in_dali or views.size is None:
             return torch.from_dlpack(outputs.as_tensor()).permute(0, 3, 1, 2)
         # PyTorch resizes bytes on the CPU in a fifth of the time that DALI takes, and bit for bit as torchvision does.
         pixels = space[: len(outputs)].permute(0, 3, 1, 2)
@@ -129,7 +131,6 @@ class DaliReader:
 
     def _named(self, error: RuntimeError, numbers: list[int]) -> DataError:
         """The file among those under way that cannot be decoded, by Pillow or, one by one, by DALI."""
-        told = str(error).strip().splitlines()
         if self._images.pixels is None:
             paths = [self._images.paths[number] for number in numbers]
             for path in paths:
@@ -145,7 +146,7 @@ class DaliReader:
                 except RuntimeError as found:
                     reason = " ".join(str(found).split())[:300]
                     return DataError(f"{path}: DALI cannot decode it, though Pillow can ({reason}); convert or skip it")
-        return DataError(f"DALI failed: {told[0] if told else error!r}; try --loader torchvision")
+        return DataError(f"DALI failed ({' '.join(str(error).split())[:500]}); try --loader torchvision")
 
 
 class _Source:

@@ -183,7 +183,7 @@ class Loader:
 
     def _header_sizes(self, data: ImageData) -> Tensor | None:
         """(n, 2) heights and widths; None where all images have the size that the network reads."""
-        if data.protocol != "imagenet" or self.reader == "resident":
+        if data.protocol != "imagenet" or self.images.pixels is not None:
             return None
         return header_sizes(self.images.paths)
 
