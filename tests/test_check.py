@@ -12,12 +12,12 @@ from fpdarts.kernels import reference
 
 from fpdarts import GateSampler, SuperNet, check, verify
 from fpdarts.check import Case, Shape, check_kernels
-from fpdarts.cli import main
 from fpdarts.config import SearchConfig, resolved
 from fpdarts.errors import KernelMismatch, NonFiniteLoss
 from fpdarts.run import load_checkpoint
 from fpdarts.search import search
 from fpdarts.verify import Tolerance, relative_errors, verify_step
+from tests.command import run
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(limit=120, init_channels=4, cells=3, batch_size=30, epochs=2)  # two steps an epoch
@@ -221,17 +221,6 @@ def test_the_check_needs_no_command_line():
     code = "import sys; sys.modules['tyro'] = None; import fpdarts.check"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def run(capsys, *arguments):
-    """(exit status, standard output, standard error) of the command in this process."""
-    try:
-        main([str(a) for a in arguments])
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_command(small, capsys):

@@ -15,21 +15,11 @@ from PIL import Image
 from fpdarts import kernels
 from fpdarts.cli import main
 from fpdarts.run import load_checkpoint, read_metrics
+from tests.command import run
 
 ROOT = Path(__file__).parent.parent
 TINY = "--limit 120 --init-channels 4 --cells 3 --batch-size 30".split()
 METRICS = "epoch train_loss train_accuracy learning_rate seconds images_per_second".split()
-
-
-def run(capsys, *arguments):
-    """(exit status, standard output, standard error) of the command in this process."""
-    try:
-        main([str(a) for a in arguments])
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
