@@ -29,28 +29,26 @@ def decoded(paths: tuple[str, ...], side: int, central: bool) -> Tensor:
     naming the file that has not, or cannot be decoded. Where the cache cannot be written, that is said, and the pixels
     stay in memory only.
     """
-    chunks = in_chunks(partial(decode_chunk, side=side, central=central), paths)
+    decode = partial(decode_chunk, side=side, central=central)
     folder = cache_folder()
     if folder is None:
-        return _as_tensor(np.concatenate(list(chunks)))
+        return _as_tensor(np.concatenate(list(in_chunks(decode, paths))))
     file = folder / f"{_key(paths, side, central)}.npy"
     shape = (len(paths), side, side, 3)
-    kept: list[np.ndarray] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_suffix(".lock")):  # of several processes one decodes, the others wait for it
             if (pixels := _mapped(file, shape)) is None:
                 with replacing(file) as out:
                     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                    for chunk in chunks:
-                        kept.append(chunk)
+                    for chunk in in_chunks(decode, paths):
                         out.write(chunk)
                 print(f"decoded images are kept in {file}", file=sys.stderr)
                 pixels = _mapped(file, shape)
         return _as_tensor(pixels)
     except OSError as error:
         print(f"warning: no cache of decoded images: {error}; FPDARTS_CACHE names another folder", file=sys.stderr)
-        return _as_tensor(np.concatenate([*kept, *chunks]))
+        return _as_tensor(np.concatenate(list(in_chunks(decode, paths))))
 
 
 def cache_folder() -> Path | None:

@@ -46,7 +46,7 @@ def list_folder(path: Path, skip: frozenset[str] = frozenset()) -> tuple[tuple[s
 
     Raises DataError for a missing part, an empty class and classes that are not in both parts. Opens no image.
     """
-    test = path / "test" if (path / "test").is_dir() else path / "val"
+    test = path / test_part(path)
     if not (path / "train").is_dir():
         raise DataError(f"{path}: {test.name}/ is there but no train/; put the training images into train/<class>/")
     if not test.is_dir():
@@ -63,9 +63,17 @@ def list_folder(path: Path, skip: frozenset[str] = frozenset()) -> tuple[tuple[s
     return classes, _list_files(path / "train", classes, skip), _list_files(test, classes, skip)
 
 
+def test_part(path: Path) -> str:
+    return "test" if (path / "test").is_dir() else "val"
+
+
+def class_folders(part: Path) -> list[str]:
+    """Names of the classes, sorted. Hidden folders (.ipynb_checkpoints and the like) are none."""
+    return sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _classes(part: Path) -> tuple[str, ...]:
-    # Hidden folders (.ipynb_checkpoints and the like) are no classes.
-    names = sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and not entry.name.startswith("."))
+    names = class_folders(part)
     if not names:
         raise DataError(f"{part}: no images, for it has no class folders; put images into {part}/<class>/")
     return tuple(names)

@@ -1,5 +1,6 @@
 """check-data: look into every file of an image folder before a run does, and tell what will be done with it."""
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fpdarts.data.folder import in_chunks, is_image_folder, read_image
+from fpdarts.data.folder import class_folders, in_chunks, is_image_folder, read_image, test_part
 from fpdarts.errors import DataError
 
 # Findings that stop a run; the others are only told. Each with what is done with such a file.
@@ -42,15 +43,16 @@ def check_folder(path: str | Path) -> dict:
     if not path.is_dir() or not is_image_folder(path):
         raise DataError(f"{path}: is no image folder; one has train/ and test/ or val/, with a folder a class in each")
     problems, files, classes = [], [], {}
-    for part in ("train", "test", "val"):
-        if (path / part).is_dir():
-            classes[part] = sorted(e.name for e in os.scandir(path / part) if e.is_dir() and not e.name.startswith("."))
-            for name in classes[part]:
-                files += [os.path.join(root, f) for root, _, names in os.walk(path / part / name) for f in names]
-    if "train" not in classes:
-        problems.append("train/ is missing")
-    if "test" not in classes and "val" not in classes:
-        problems.append("test/ and val/ are missing; one of them is needed")
+    for part, missing in (
+        ("train", "train/ is missing"),
+        (test_part(path), "test/ and val/ are missing; one of them is needed"),
+    ):
+        if not (path / part).is_dir():
+            problems.append(missing)
+            continue
+        classes[part] = class_folders(path / part)
+        for name in classes[part]:
+            files += [os.path.join(root, f) for root, _, names in os.walk(path / part / name) for f in names]
 
     findings: dict[str, list[str]] = {kind: [] for kind in (*BAD, *TOLD)}
     usable = dict.fromkeys((f"{part}/{name}" for part, names in classes.items() for name in names), 0)
@@ -62,10 +64,9 @@ def check_folder(path: str | Path) -> dict:
         if not {*kinds} & {*BAD, "no image", "image without an image's name"}:
             usable["/".join(Path(name).parts[:2])] += 1
     problems += [f"{name}/ has no image that can be used" for name, count in usable.items() if not count]
-    used = [part for part in ("train", "test" if "test" in classes else "val") if part in classes]
-    for here, there in zip(used, reversed(used)):
-        problems += [f"{here}/{name}/ has no counterpart in {there}/" for name in classes[here] if
-                     len(used) == 2 and name not in classes[there]]  # fmt: skip
+    for here, there in itertools.permutations(classes, 2):
+        lacking = [name for name in classes[here] if name not in classes[there]]
+        problems += [f"{here}/{name}/ has no counterpart in {there}/" for name in lacking]
     bad = sorted(name for kind in BAD for name in findings[kind])
     return {
         "path": str(path),
