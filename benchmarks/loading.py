@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +27,7 @@ from fpdarts import config as configuration
 from fpdarts.config import SearchConfig
 from fpdarts.data import ImageData, Loader, augmentation, in_memory, open_data
 from fpdarts.data.augment import Views
+from fpdarts.data.loader import dali_installed
 from fpdarts.data.resident import ResidentReader
 from fpdarts.gates import GateSampler
 from fpdarts.graphs import GraphedStep
@@ -210,7 +210,7 @@ def main(options: Options) -> dict:
 
 def on_device(device: str, dry_run: bool) -> dict:
     """Every reader on a device, with images that are made up: is it right, and how fast? For benchmarks.gpu."""
-    dali = ("dali",) if find_spec("nvidia") and find_spec("nvidia.dali") else ()
+    dali = ("dali",) if dali_installed() else ()
     counts = {"imagenet": (16, 64) if dry_run else (1024, 320), "cifar": (40 if dry_run else 5000, 32)}
     result = {}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, FPDARTS_CACHE=f"{folder}/cache"):

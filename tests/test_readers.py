@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,13 +11,11 @@ from PIL import Image
 from fpdarts.cli import main
 from fpdarts.data import Augmentation, DataError, ImageData, Images, Loader, augmentation, in_memory, open_data
 from fpdarts.data import loader as loader_module
-from fpdarts.data.loader import select_reader
+from fpdarts.data.loader import dali_installed, select_reader
 from fpdarts.run import load_checkpoint, read_metrics
 from tests.made import random_pixels, write_image
 
-needs_dali = pytest.mark.skipif(
-    find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="nvidia-dali is not installed"
-)
+needs_dali = pytest.mark.skipif(not dali_installed(), reason="nvidia-dali is not installed")
 READERS = ["resident", "torchvision", pytest.param("dali", marks=needs_dali)]
 FILE_READERS = READERS[1:]
 

@@ -111,12 +111,13 @@ class DaliReader:
         """(B, 3, side, side) of a pipeline's outputs, in `space` where they are still to be resized."""
         side = self._side
         if not self._resized and self._images.pixels is None:
-            for number, (height, width, _) in zip(indices.tolist(), np.asarray(shapes.as_tensor())):
-                if (height, width) != (side, side):
-                    raise wrong_size(self._images.paths[number], (width, height), side)
+            sizes = np.asarray(shapes.as_tensor())[:, :2]
+            if len(wrong := np.flatnonzero((sizes != side).any(1))):
+                height, width = sizes[wrong[0]].tolist()
+                raise wrong_size(self._images.paths[indices[wrong[0]]], (width, height), side)
         if self._all_in_dali or views.size is None:
             return torch.from_dlpack(outputs.as_tensor()).permute(0, 3, 1, 2)
-        # PyTorch resizes bytes on the CPU in a fifth of the time that DALI takes, and bit for bit as torchvision does.
+        # PyTorch resizes bytes on the CPU in a third of DALI's time or less, and bit for bit as torchvision does.
         pixels = space[: len(outputs)].permute(0, 3, 1, 2)
         for place, size in enumerate(views.size.tolist()):
             image = torch.from_dlpack(outputs[place]).permute(2, 0, 1)[None]

@@ -17,14 +17,16 @@ from fpdarts.errors import DataError
 READERS = ("resident", "dali", "torchvision")
 
 
+def dali_installed() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+
+
 def select_reader(name: str, data: ImageData) -> tuple[str, str]:
     """What will read the images, ``resident``, ``dali`` or ``torchvision``, and a line that tells which it is and why.
 
     name: one of these or ``auto``. Raises ValueError for an unknown name, and for ``dali`` where it is not installed.
     """
-    missing = None
-    if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
-        missing = "nvidia-dali is not installed"
+    missing = None if dali_installed() else "nvidia-dali is not installed"
     if name == "auto":
         if data.protocol != "imagenet":
             return "resident", "loader: resident (the images fit into memory)"
@@ -240,10 +242,10 @@ class _Recycled:
 
     def images(self, count: int, side: int) -> Tensor:
         """(count, 3, side, side) float32, channels_last, with anything in it."""
-        shape = (count, side, side, 3)
-        fits = [place for place, memory in enumerate(self._free) if memory.size >= np.prod(shape)]
-        memory = self._free.pop(fits[0]) if fits else np.empty(np.prod(shape), np.float32)
-        view = memory[: np.prod(shape)].reshape(shape)
+        size = count * side * side * 3
+        fits = [place for place, memory in enumerate(self._free) if memory.size >= size]
+        memory = self._free.pop(fits[0]) if fits else np.empty(size, np.float32)
+        view = memory[:size].reshape(count, side, side, 3)
         # torch keeps `view` as long as any tensor shares its memory; `memory` itself is referred to from here only.
         weakref.finalize(view, self._free.append, memory).atexit = False
         return torch.from_numpy(view).permute(0, 3, 1, 2)

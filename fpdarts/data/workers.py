@@ -52,10 +52,7 @@ class _Plan:
 
     def __iter__(self):
         for place in self.places:
-            views = vars(self.views.at(place))
-            chosen = {
-                name: views[name].tolist() for name in ("box", "size", "corner", "flip") if views[name] is not None
-            }
+            chosen = {name: field.tolist() for name, field in self.views.at(place).of_files().items()}
             numbers = self.order[place].tolist()
             yield [(number, {name: chosen[name][i] for name in chosen}) for i, number in enumerate(numbers)]
 
