@@ -1,18 +1,25 @@
 """Block shapes of the search's matrix products, timed on the GPU at hand: what ``kernels/triton/tuning.py`` is to hold.
 
 Every launch of a weight step and of an architecture step (CIFAR-10, batch 256, both paths, bfloat16) is repeated as it
-was, with other steps of the sum, warps and stages of the pipeline. All of these are compiled before, on all cores.
+was, with other steps of the sum, warps and stages of the pipeline, and stages of stride 1 (``rows.py``) with other
+blocks. All of these are compiled before, on all cores.
 """
 
 import itertools
 import statistics
 
 import torch
+from fpdarts.kernels.triton import tuning
+from fpdarts.kernels.triton.launch import pieces
 
 from benchmarks import aot
 
-# Only what leaves grids and buffers as they are.
+# Only what leaves grids and buffers as they are, but for the rows_* kernels, see _reshaped.
+_ROWS = {"BLOCK": (32, 64, 128), "TALL": (1, 2, 4, 8), "WIDE": (16, 32, 64), "num_warps": (1, 2, 4)}
 CANDIDATES = {
+    "rows_fwd_kernel": _ROWS,
+    "rows_dgrad_kernel": _ROWS,
+    "rows_wgrad_kernel": _ROWS,
     "convolve_fwd_kernel": {"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
     "convolve_dgrad_kernel": {"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
     "convolve_wgrad_kernel": {"BLOCK": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
@@ -26,11 +33,47 @@ CANDIDATES = {
 
 def variants(launch) -> list:
     """The launch with each choice of options."""
-    options = CANDIDATES[launch.kernel.fn.__name__]
-    found = []
+    options, found = CANDIDATES[launch.kernel.fn.__name__], []
     for values in itertools.product(*options.values()):
-        found.append(launch._replace(arguments=launch.arguments | dict(zip(options, values))))
+        chosen = dict(zip(options, values))
+        if options is not _ROWS:
+            found.append(launch._replace(arguments=launch.arguments | chosen))
+        elif _sensible(launch, **chosen):
+            found.append(_reshaped(launch, chosen))
     return found
+
+
+def _sensible(launch, BLOCK, TALL, WIDE, num_warps) -> bool:
+    """Whether a thread's part of the sums, of what is loaded and of the rows of a warp is one that can be fast."""
+    name, given = launch.kernel.fn.__name__, launch.arguments
+    wide, threads = max(16, given["P"]), 32 * num_warps
+    columns = max(16, given["EDGES"] * given["P"])
+    if not 16 <= BLOCK // num_warps <= 64:
+        return False
+    if name == "rows_wgrad_kernel":
+        sums, loaded = 5 * columns * WIDE / threads, TALL * BLOCK * columns / 2 / threads
+        return WIDE in (wide, 2 * wide) and 10 <= sums <= 168 and loaded <= 64 and TALL in (2, 4)
+    if name == "rows_dgrad_kernel":
+        sums = TALL * BLOCK * given["P"] / threads
+        return WIDE in (min(32, columns), min(64, columns)) and TALL > 1 and 8 <= sums <= 128
+    return WIDE == wide and 16 <= TALL * BLOCK * given["EDGES"] * given["P"] / threads <= 128
+
+
+def _reshaped(launch, options):
+    """With other tiles: another grid, and a buffer for the shares that as many programs leave."""
+    given = launch.arguments | options
+    x, grid = launch.tensors["x_ptr"], list(launch.grid)
+    tiles = pieces(given["IMAGES"] * given["W"], given["BLOCK"]) * pieces(given["H"], given["TALL"])
+    if launch.kernel.fn.__name__ == "rows_wgrad_kernel":
+        grid[2] = pieces(5 * given["P"], given["WIDE"])
+        grid[0] = max(1, min(tiles, pieces(4 * tuning.KNOBS["programs"] // given["num_warps"], grid[1] * grid[2])))
+        size = grid[0] * given["DISTANCE"]
+    else:
+        grid[0], size = tiles, 256 * tiles * 3 * given["C"]  # instances of a cell are fewer
+        if "SHARES" in given:
+            given["SHARES"] = tiles
+    partial = torch.empty(size, device=x.device)
+    return launch._replace(grid=tuple(grid), arguments=given, tensors=launch.tensors | {"partial_ptr": partial})
 
 
 def distinct(launches) -> dict[str, list]:

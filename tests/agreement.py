@@ -184,13 +184,13 @@ def test_cell(setting):
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": True}, {"subsets": (("max_pool_3x3", "avg_pool_3x3"), ("skip_connect", "none"))}]
 )
-def test_sums_over_groups_of_tiles(monkeypatch, options):
-    """As of large maps: three groups of tiles, the last one smaller, and with a tile that is not full."""
-    import triton.language as tl
-    from fpdarts.kernels.triton import statistics, tuning
+def test_sums_of_many_tiles(monkeypatch, options):
+    """As of large maps: shares of statistics and of sums are merged in several steps, one of them of a tile that is not
+    full."""
+    from fpdarts.kernels.triton import tuning
 
-    monkeypatch.setattr(statistics, "GROUP", tl.constexpr(2))
     monkeypatch.setitem(tuning.KNOBS, "block", 16)
+    monkeypatch.setitem(tuning.KNOBS, "merged", 4)
     cell(size=(6, 4), n=3, nodes=1, **options)
 
 
@@ -224,6 +224,19 @@ DERIVED = {
 @pytest.mark.parametrize("setting", DERIVED)
 def test_derived_cell(setting):
     inputs, run = derived_case(**DERIVED[setting])
+    compare(run, inputs)
+
+
+@triton_only
+@derived
+def test_derived_cell_of_many_tiles(monkeypatch):
+    """Three groups of tiles, the last one smaller, and with a tile that is not full."""
+    import triton.language as tl
+    from fpdarts.kernels.triton import statistics, tuning
+
+    monkeypatch.setattr(statistics, "GROUP", tl.constexpr(2))
+    monkeypatch.setitem(tuning.KNOBS, "block", 16)
+    inputs, run = derived_case(size=(6, 4), n=3, edges=EVERY[:4])
     compare(run, inputs)
 
 
@@ -288,7 +301,8 @@ def test_an_architecture_step_computes_no_gradient_of_weights():
     with counting() as launched, frozen(model.weight_parameters()):
         out = model(torch.randn(2, 3, 8, 8), gates)
         torch.autograd.grad(out.sum(), model.architecture_parameters())
-    assert launched.launches["convolve_wgrad_kernel"] == launched.launches["contract_kernel"] == 0
+    for name in ("convolve_wgrad_kernel", "rows_wgrad_kernel", "collect_kernel", "unpack_kernel"):
+        assert launched.launches[name] == 0
     assert launched.launches["mix_bwd_kernel"] == 3
 
 

@@ -8,7 +8,9 @@ from .convolution import convolve_dgrad, convolve_wgrad
 from .forward import Forward
 from .launch import launch, padded, pieces
 from .mixture import draw_kernel, mix_bwd_kernel, node_reduce_kernel, state_bwd_kernel
-from .packing import collect, contract_kernel, gather_kernel
+from .packing import collect, unpack
+from .rows import rows_dgrad, rows_wgrad
+from .statistics import merge_sums
 
 
 class Backward:
@@ -23,25 +25,21 @@ class Backward:
         self.dx = torch.empty(p.k * p.slice, dtype=work.dtype, device=device)  # of convolutions that leave a node
         self.sums = torch.empty(p.sums, p.c, device=device)
         self.parts = min(tuning.tiles(p.m), 64)
-        tiles = tuning.tiles(max(p.m, p.m_in))
-        # of nodes and of convolutions; of input states, in tiles of half the size
-        shares = max(p.node_jobs * self.parts, 2 * p.edges * len(p.convolutions) * tiles, 2 * 2 * p.k * 2 * tiles)
+        # of nodes; of second stages; of input states, in tiles of half the size
+        between = len(p.between(range(p.nodes + 1)))
+        shares = max(p.node_jobs * self.parts, 2 * between * p.shares, 2 * 2 * p.k * 2 * tuning.tiles(p.m_in))
         self.partial = torch.empty(shares * p.c, device=device)
-
-    @property
-    def taking_sums(self) -> dict[str, Tensor]:
-        return {"partial_ptr": self.partial, "sums_ptr": self.sums, "counters_ptr": self.work.counters}
 
     def reduce(self, node: int, with_through: bool):
         """Sums over a node's gradient: all that its normalizations' backward, d_alpha and d_beta need."""
         p, work = self.p, self.work
-        rows, entries = p.jobs(("reduce", with_through), node, lambda: p.reduce_entries(node, with_through))
+        table, entries = p.jobs(("reduce", with_through), node, lambda: p.reduce_entries(node, with_through))
         tensors = {
             "d_ptr": self.nodes, "work_ptr": work.space, **work.normalizing, "coefficients_ptr": work.coefficients,
-            **self.taking_sums, "entries_ptr": entries,
+            "partial_ptr": self.partial, "sums_ptr": self.sums, "counters_ptr": work.counters, "entries_ptr": entries,
         }  # fmt: skip
         moved = work.moved(lambda: p.m * p.c * (work.count_terms(node, with_through) + p.k))
-        launch(node_reduce_kernel, (self.parts, len(rows)), tensors, moved, M=p.m, **work.block)
+        launch(node_reduce_kernel, (self.parts, len(table)), tensors, moved, M=p.m, **work.block)
 
     def draw(self, name, group, make, d, m: int):
         """Backward of normalizations, into self.raw, or in place for input states."""
@@ -65,11 +63,11 @@ class Backward:
         jobs, _, *tables = p.jobs("second dgrad", group, lambda: p.second_stage_dgrad_jobs(group))
         if jobs:
             moved = work.moved(lambda: 3 * p.m * p.c * work.count_open(job[4] for job in jobs))
-            convolve_dgrad(
-                self.raw, work.dense, work.space, self.raw, self.partial, self.sums, *work.normalizing.values(),
-                work.opened, work.counters, *tables, **work.second_shape, x_row=p.c, dx_row=p.c, d_row=p.c,
-                edge=p.slice, weight_row=p.c, edges=1, normalize=True, moved=moved,
+            shares = rows_dgrad(
+                self.raw, work.dense, work.space, self.raw, self.partial, work.normalizing, work.opened, *tables,
+                **work.square, x_row=p.c, dx_row=p.c, d_row=p.c, edge=p.slice, edges=1, normalize=True, moved=moved,
             )  # fmt: skip
+            self.merge(("second dgrad", group), [[job[5], job[4]] for job in jobs], shares)
             self.draw("first draw", group, lambda: p.first_draw_jobs(group), self.raw, p.m)
 
         dx, m = (self.states, p.m_in) if group[0] < 2 else (self.dx, p.m)
@@ -80,13 +78,24 @@ class Backward:
                 opened = [work.count_open(range(s[1], s[1] + s[2])) for s in segments]
                 return p.c * (sum(opened) * p.m + 2 * len(jobs) * m)
 
-            convolve_dgrad(
-                self.raw, work.dense, work.space, dx, self.partial, self.sums, *work.normalizing.values(), work.opened,
-                work.counters, *tables, **work.shape(group), x_row=p.c, dx_row=p.c, d_row=p.c, edge=p.slice,
-                weight_row=p.c, edges=max(s[2] for s in segments), normalize=False,
-                moved=work.moved(elements),
-            )  # fmt: skip
+            maps, shape = (self.raw, work.dense, work.space, dx), work.shape(group)
+            common = {
+                "x_row": p.c, "dx_row": p.c, "d_row": p.c, "edge": p.slice, "edges": max(s[2] for s in segments),
+                "moved": work.moved(elements),
+            }  # fmt: skip
+            if shape["stride"] == 1:
+                rows_dgrad(
+                    *maps, self.partial, work.normalizing, work.opened, *tables, **work.square, **common,
+                    normalize=False,
+                )  # fmt: skip
+            else:
+                convolve_dgrad(*maps, work.opened, *tables, **shape, **common, weight_row=p.c)
         self.state(group, dx)
+
+    def merge(self, name, jobs, shares: int):
+        """Sums of which the launch before left shares. jobs: as merge_sums_kernel's."""
+        table = self.p.cached(("merge", name), lambda: jobs)
+        merge_sums(self.partial, self.sums, self.work.opened, table, shares, self.p.c)
 
     def state(self, group, dx):
         """Adds what poolings, the bypass and the cell's output pass back."""
@@ -96,7 +105,7 @@ class Backward:
         m, size = (p.m, p.outer) if is_node else (p.m_in, p.inner)
         tensors = {
             "d_ptr": self.nodes, "dx_ptr": dx, "d_pooled_ptr": self.raw, "index_ptr": work.index, "d_out_ptr": self.out,
-            "state_ptr": work.space, "out_ptr": self.nodes if is_node else dx, **self.taking_sums,
+            "state_ptr": work.space, "out_ptr": self.nodes if is_node else dx, "partial_ptr": self.partial,
             "coefficients_ptr": work.coefficients, "opened_ptr": work.opened, "jobs_ptr": tables[0],
             "poolings_ptr": tables[1], "through_ptr": tables[2],
         }  # fmt: skip
@@ -108,12 +117,15 @@ class Backward:
             pools = sum(work.open_on_host[pooling[3]] for pooling in poolings)
             return p.c * (3 * m * len(jobs) + p.m * (pools + len(through)))
 
+        tiles = pieces(m, options["BLOCK"])
         launch(
-            state_bwd_kernel, (pieces(m, options["BLOCK"]), len(jobs)), tensors, work.moved(elements), M=m, H=size[0],
+            state_bwd_kernel, (tiles, len(jobs)), tensors, work.moved(elements), M=m, H=size[0],
             W=size[1], OH=p.outer[0], OW=p.outer[1], SLICE=p.slice,
             D_OUT=(group[0] - 2) * p.k * p.c if is_node else 0, STRIDE=stride, K=p.k, IS_NODE=is_node,
             OUT_ROW=p.nodes * p.k * p.c, **(work.block | options),
         )  # fmt: skip
+        if not is_node:
+            self.merge("states", [[job[9], i] for i, job in enumerate(jobs)], tiles)
 
     def preprocess(self, i: int, x) -> Tensor:
         """Gradient of input i."""
@@ -123,9 +135,8 @@ class Backward:
         segment = [offset, i * p.k, p.k, p.preprocess_weight(i)[1], p.c, *p.preprocess_geometry(i)]
         segments = p.cached(("preprocess segments", i), lambda: [segment])
         convolve_dgrad(
-            self.states, work.preprocess_weights(i), x, d_x, self.partial, self.sums, *work.normalizing.values(),
-            work.opened, work.counters, jobs, segments, **p.preprocess_shape(i), x_row=x.shape[1], dx_row=x.shape[1],
-            d_row=p.c, edge=p.slice_in, weight_row=p.k * p.c, edges=p.k, normalize=False,
+            self.states, work.preprocess_weights(i), x, d_x, work.opened, jobs, segments, **p.preprocess_shape(i),
+            x_row=x.shape[1], dx_row=x.shape[1], d_row=p.c, edge=p.slice_in, weight_row=p.k * p.c, edges=p.k,
             moved=work.moved(lambda: 2 * x.numel() + p.k * p.m_in * p.c),
         )  # fmt: skip
         return d_x
@@ -137,7 +148,6 @@ class Backward:
         buffer = torch.empty(size, device=p.device)
         for which, sources, parts, distance, start in launches:
             common = {"d_row": c, "parts": parts, "distance": distance}
-            tensors = (buffer[start:], *work.normalizing.values(), work.opened)
             if isinstance(which, str):
                 i = int(which[-1])
                 x, geometry = inputs[i], p.preprocess_geometry(i)
@@ -145,39 +155,38 @@ class Backward:
                 jobs = p.cached(("preprocess wgrad", i), lambda job=job: [job])
                 moved = work.moved(lambda x=x: x.numel() + p.k * p.m_in * c)
                 convolve_wgrad(
-                    self.states, x, *tensors, jobs, **p.preprocess_shape(i), **common, x_row=x.shape[1],
-                    edge=p.slice_in, edges=p.k, taps=geometry[0], normalize=False, moved=moved,
+                    self.states, x, buffer[start:], work.opened, jobs, **p.preprocess_shape(i), **common,
+                    x_row=x.shape[1], edge=p.slice_in, edges=p.k, taps=geometry[0], moved=moved,
                 )  # fmt: skip
                 continue
             if which == 0:
-                rows, jobs = p.jobs("first wgrad", sources, lambda s=sources: p.first_stage_wgrad_jobs(s))
-                shape, read = work.shape(sources), p.m_in if sources[0] < 2 else p.m
+                table, jobs = p.jobs("first wgrad", sources, lambda s=sources: p.first_stage_wgrad_jobs(s))
+                read = p.m_in if sources[0] < 2 else p.m
             else:
-                rows, jobs = p.jobs("second wgrad", sources, p.second_stage_wgrad_jobs)
-                shape, read = work.second_shape, p.m
+                table, jobs = p.jobs("second wgrad", sources, p.second_stage_wgrad_jobs)
+                read = p.m
 
-            def elements(rows=rows, read=read):
-                opened = [work.count_open(range(job[2], job[2] + job[3])) for job in rows]
+            def elements(table=table, read=read):
+                opened = [work.count_open(range(job[2], job[2] + job[3])) for job in table]
                 return c * sum((n > 0) * read + n * p.m for n in opened)
 
-            convolve_wgrad(
-                self.raw, work.space, *tensors, jobs, **shape, **common, x_row=c, edge=p.slice,
-                edges=max(job[3] for job in rows), taps=max(job[4] for job in rows), normalize=which == 1,
-                moved=work.moved(elements),
-            )  # fmt: skip
+            edges = max(job[3] for job in table)
+            common |= {"x_row": c, "edge": p.slice, "edges": edges, "moved": work.moved(elements)}
+            shape = work.shape(sources)
+            if which == 0 and shape["stride"] == 2:
+                convolve_wgrad(
+                    self.raw, work.space, buffer[start:], work.opened, jobs, **shape, **common,
+                    taps=max(job[4] for job in table),
+                )  # fmt: skip
+            else:
+                rows_wgrad(
+                    self.raw, work.space, buffer[start:], work.normalizing, work.opened, jobs, **work.square, **common,
+                    side=max(job[5] for job in table), normalize=which == 1,
+                )  # fmt: skip
 
         gradient = torch.empty_like(work.weights)
-        tensors = {"dense_ptr": buffer, "out_ptr": gradient}
         collect(buffer, buffer, *p.jobs("collect", (), p.collect_jobs))
-        rows, jobs = p.jobs("contract", (), p.contract_jobs)
-        if rows:
-            launch(
-                contract_kernel, (len(rows),), tensors | {"weights_ptr": work.weights, "jobs_ptr": jobs}, 0, C=c,
-                P=padded(c),
-            )  # fmt: skip
-        rows, jobs = p.jobs("gather", (), p.gather_jobs)
-        largest = max(job[2] * job[3] * job[4] for job in rows)
-        launch(gather_kernel, (pieces(largest, 256), len(rows)), tensors | {"jobs_ptr": jobs}, 0, C=c, BLOCK=256)
+        unpack(buffer, work.weights, gradient, p.cached("unpack", lambda: p.contract_jobs() + p.gather_jobs()), c)
         return gradient
 
     def mix(self, alpha, beta):

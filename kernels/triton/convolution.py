@@ -2,8 +2,9 @@
 packing.
 
 Depthwise followed by pointwise, with nothing between, is one dense convolution by depthwise * pointwise, which tensor
-cores compute for all edges that leave a state at once. The same kernels serve first and second stages, factorized
-reductions (two taps, (0, 0) and (1, 1), of stride 2) and preprocessing (one tap).
+cores compute for all edges that leave a state at once. The same kernels serve stages of stride 2, factorized reductions
+(two taps, (0, 0) and (1, 1), of stride 2) and preprocessing (one tap); stages of stride 1 have kernels of their own
+(rows.py).
 
 A *job* is one such convolution: a row of a table of int64 on the device. Its taps lie at
 
@@ -19,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import EPSILON
 from . import tuning
 from .launch import dot_options, kernel, launch, padded, pieces
-from .statistics import counters_of, take_statistics, take_sums
+from .statistics import leave_statistics
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def position(rows, HEIGHT, WIDTH):
 
 
 @triton.jit
-def _tap_and_channel(chunk, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def tap_and_channel(chunk, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Split of k = chunk * BLOCK + 0..BLOCK-1 into k // WIDE and k % WIDE; both powers of two, written so that the
     compiler sees runs of neighbouring channels, without which loads are not wide."""
     k = tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def within(y, x, HEIGHT, WIDTH):
 
 
 @triton.jit
-def _open_edges(opened_ptr, first, edges, EDGES: tl.constexpr):
+def open_edges(opened_ptr, first, edges, EDGES: tl.constexpr):
     """Bit e: whether instance first + e is open. A scalar: a loaded vector would hide from the compiler that the mask
     is the same for all channels of an edge."""
     bits = 0
@@ -70,7 +70,7 @@ def _open_edges(opened_ptr, first, edges, EDGES: tl.constexpr):
 
 
 @triton.jit
-def _activated(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
+def activate(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
     """ReLU, after normalization where there is one. Masked elements were loaded as -inf, and so become 0."""
     x = x.to(tl.float32)
     if NORMALIZE:
@@ -80,29 +80,28 @@ def _activated(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 @kernel
 def convolve_fwd_kernel(
-    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr,
-    jobs_ptr, M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, EDGE, EPSILON,
-    STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr,
-    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P_IN: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, EDGE, SHARES, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, STATISTICS: tl.constexpr,
+    P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew,
-    first output instance, output offset, edges, statistics row of x. With STATISTICS, those of the outputs are taken,
-    over partial[instance, tile] = (sum, squares about its mean).
+    first output instance, output offset, edges, statistics row of x (of a second stage). With STATISTICS, those of the
+    outputs are left in partial[instance, tile], see leave_statistics.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
     taps, side = tl.load(jobs_ptr + 3).to(tl.int32), tl.load(jobs_ptr + 4).to(tl.int32)
     dilation, pad = tl.load(jobs_ptr + 5).to(tl.int32), tl.load(jobs_ptr + 6).to(tl.int32)
     skew, first = tl.load(jobs_ptr + 7).to(tl.int32), tl.load(jobs_ptr + 8).to(tl.int32)
     edges = tl.load(jobs_ptr + 10).to(tl.int32)
-    opened = _open_edges(opened_ptr, first, edges, EDGES)
+    opened = open_edges(opened_ptr, first, edges, EDGES)
     if opened == 0:
         return
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     weight_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     weight_edge = tl.multiple_of(tl.load(jobs_ptr + 2).to(tl.int32), 8)
     out_ptr += tl.multiple_of(tl.load(jobs_ptr + 9), 8)
-    row = tl.load(jobs_ptr + 11).to(tl.int32)
 
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     inside = rows < M
@@ -113,7 +112,7 @@ def convolve_fwd_kernel(
     kept = (((opened >> e) & 1) != 0) & (co < C)
     total = tl.zeros([BLOCK, EDGES * P], tl.float32)
     for chunk in range(0, tl.cdiv(taps * P_IN, BLOCK_K)):
-        tap, ci = _tap_and_channel(chunk, P_IN, BLOCK_K)
+        tap, ci = tap_and_channel(chunk, P_IN, BLOCK_K)
         dy, dx = _offsets(tap, side, dilation, pad, skew)
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
         fits = ((tap < taps) & (ci < C_IN))[None, :]
@@ -121,12 +120,7 @@ def convolve_fwd_kernel(
         values = tl.load(
             x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
         )
-        if NORMALIZE:
-            mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
-            inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
-            values = _activated(values, mean, inverse, True, DTYPE)
-        else:
-            values = _activated(values, 0.0, 1.0, False, DTYPE)
+        values = activate(values, 0.0, 1.0, False, DTYPE)
         weights = weight_ptr + ((tap * C_IN + ci) * WEIGHT_ROW)[:, None] + (e * weight_edge + co)[None, :]
         weights = tl.load(weights, mask=((tap < taps) & (ci < C_IN))[:, None] & kept[None, :], other=0.0).to(DTYPE)
         total = tl.dot(values, weights, total, input_precision=PRECISION)
@@ -139,24 +133,22 @@ def convolve_fwd_kernel(
         count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
         sums = tl.sum(value, 0)  # rows outside are 0: their inputs were
         away = tl.where(inside[:, None], value - (sums / count)[None, :], 0.0)
-        take_statistics(
-            partial_ptr, counters_ptr + counters_of(tl.program_id(1), tl.num_programs(0)), mean_ptr, inverse_ptr,
-            variance_ptr, sums, tl.sum(away * away, 0), first + e, co, kept, M, EPSILON, C, BLOCK,
+        leave_statistics(
+            partial_ptr, tile, count, sums, tl.sum(away * away, 0), first + e, co, kept, SHARES, C
         )  # fmt: skip
 
 
 @kernel
 def convolve_dgrad_kernel(
-    d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, sums_ptr, mean_ptr, inverse_ptr, opened_ptr, counters_ptr,
-    jobs_ptr, segments_ptr, M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, EDGE,
-    STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr,
-    C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    d_ptr, weight_ptr, x_ptr, dx_ptr, opened_ptr, jobs_ptr, segments_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr,
+    D_ROW: tl.constexpr, WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments,
-    statistics row of x, row of dx's sums. A segment: d offset, first instance, edges, weight offset, weight's edge
-    distance, taps, side, dilation, pad, skew. dx = (x > 0) * sum over segments. With NORMALIZE, x is normalized, and
-    sums[row], sums[row + 1] = sum dx, sum dx * x, over partial[job, tile].
+    statistics row of x (of a second stage). A segment: d offset, first instance, edges, weight offset, weight's edge
+    distance, taps, side, dilation, pad, skew. dx = (x > 0) * sum over segments.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
     start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
@@ -166,11 +158,9 @@ def convolve_dgrad_kernel(
     ci = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     WIDE: tl.constexpr = EDGES * P
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    any_open = 0
     for s in range(start, start + count):
         segment = segments_ptr + s * 10
-        opened = _open_edges(opened_ptr, tl.load(segment + 1).to(tl.int32), tl.load(segment + 2).to(tl.int32), EDGES)
-        any_open += opened
+        opened = open_edges(opened_ptr, tl.load(segment + 1).to(tl.int32), tl.load(segment + 2).to(tl.int32), EDGES)
         if opened != 0:
             d = d_ptr + tl.multiple_of(tl.load(segment), 8)
             weight = weight_ptr + tl.multiple_of(tl.load(segment + 3), 8)
@@ -179,7 +169,7 @@ def convolve_dgrad_kernel(
             dilation, pad = tl.load(segment + 7).to(tl.int32), tl.load(segment + 8).to(tl.int32)
             skew = tl.load(segment + 9).to(tl.int32)
             for chunk in range(0, tl.cdiv(taps * WIDE, BLOCK_K)):
-                tap, column = _tap_and_channel(chunk, WIDE, BLOCK_K)
+                tap, column = tap_and_channel(chunk, WIDE, BLOCK_K)
                 dy, dx = _offsets(tap, side, dilation, pad, skew)
                 top, left = y[:, None] - dy[None, :], x[:, None] - dx[None, :]
                 if EDGES == 1:  # said apart: behind a division by the width the compiler sees no run of channels
@@ -201,59 +191,41 @@ def convolve_dgrad_kernel(
                 total = tl.dot(values, weights, total, input_precision=PRECISION)
 
     mask = inside[:, None] & (ci < C_IN)[None, :]
-    if NORMALIZE:
-        if any_open == 0:
-            return  # and nobody asks for dx
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     value = tl.load(x_ptr + (rows.to(tl.int64) * X_ROW)[:, None] + ci[None, :], mask=mask, other=0.0).to(tl.float32)
-    if NORMALIZE:
-        row = tl.load(jobs_ptr + 4).to(tl.int32)
-        mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
-        inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
-        value = value * inverse[None, :] - (mean * inverse)[None, :]
     out = tl.where(mask & (value > 0), total, 0.0)
     dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     tl.store(dx_ptr + (rows.to(tl.int64) * DX_ROW)[:, None] + ci[None, :], out.to(dx_ptr.dtype.element_ty), mask=mask)
-    if NORMALIZE:
-        sums_ptr += tl.load(jobs_ptr + 5) * C_IN
-        job = tl.program_id(1)
-        take_sums(
-            partial_ptr, counters_ptr + counters_of(job * tl.num_programs(2) + tl.program_id(2), tl.num_programs(0)),
-            sums_ptr, sums_ptr + C_IN, tl.sum(out, 0), tl.sum(out * value, 0), job, ci, ci < C_IN, C_IN,
-        )  # fmt: skip
 
 
 @kernel
 def convolve_wgrad_kernel(
-    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
-    OH: tl.constexpr, OW: tl.constexpr, EDGE, DISTANCE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr,
-    C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P_IN: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    d_ptr, x_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr,
+    OW: tl.constexpr, EDGE, DISTANCE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr,
+    C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, P_IN: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, chunks of taps and input channels). A job: x offset, d offset, first instance,
-    edges, taps, side, dilation, pad, skew, offset in a part's results, statistics row of x. partial: parts DISTANCE
-    apart, in each a job's edges, taps, input and output channels from its offset on, 0 for closed edges. A later kernel
-    sums up, part by part.
+    edges, taps, side, dilation, pad, skew, offset in a part's results, statistics row of x (of a second stage).
+    partial: parts DISTANCE apart, in each a job's edges, taps, input and output channels from its offset on, 0 for
+    closed edges. A later kernel sums up, part by part.
     """
     part, jobs_ptr, chunk = tl.program_id(0), jobs_ptr + tl.program_id(1) * 11, tl.program_id(2)
     taps, side = tl.load(jobs_ptr + 4).to(tl.int32), tl.load(jobs_ptr + 5).to(tl.int32)
     edges = tl.load(jobs_ptr + 3).to(tl.int32)
-    opened = _open_edges(opened_ptr, tl.load(jobs_ptr + 2).to(tl.int32), edges, EDGES)
+    opened = open_edges(opened_ptr, tl.load(jobs_ptr + 2).to(tl.int32), edges, EDGES)
     if chunk * BLOCK_K >= taps * P_IN:
         return
     dilation, pad = tl.load(jobs_ptr + 6).to(tl.int32), tl.load(jobs_ptr + 7).to(tl.int32)
-    skew, row = tl.load(jobs_ptr + 8).to(tl.int32), tl.load(jobs_ptr + 10).to(tl.int32)
+    skew = tl.load(jobs_ptr + 8).to(tl.int32)
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     d_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
-    tap, ci = _tap_and_channel(chunk, P_IN, BLOCK_K)
+    tap, ci = tap_and_channel(chunk, P_IN, BLOCK_K)
     dy, dx = _offsets(tap, side, dilation, pad, skew)
     fits = (tap < taps) & (ci < C_IN)
     column = tl.arange(0, EDGES * P)
     e, co = column // P, column % P
     kept = (((opened >> e) & 1) != 0) & (co < C)
-    if NORMALIZE:
-        mean = tl.load(mean_ptr + row * C_IN + ci, mask=ci < C_IN, other=0.0)
-        inverse = tl.load(inverse_ptr + row * C_IN + ci, mask=ci < C_IN, other=1.0)
     total = tl.zeros([EDGES * P, BLOCK_K], tl.float32)
     tiles = tl.where(opened != 0, tl.cdiv(M, BLOCK), 0)
     for tile in range(part, tiles, tl.num_programs(0)):
@@ -266,10 +238,7 @@ def convolve_wgrad_kernel(
         values = tl.load(
             x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
         )
-        if NORMALIZE:
-            values = _activated(values, mean, inverse, True, DTYPE)
-        else:
-            values = _activated(values, 0.0, 1.0, False, DTYPE)
+        values = activate(values, 0.0, 1.0, False, DTYPE)
         where = e.to(tl.int64)[None, :] * EDGE + (rows.to(tl.int64) * D_ROW)[:, None] + co[None, :]
         d = tl.load(d_ptr + where, mask=inside[:, None] & kept[None, :], other=0.0).to(DTYPE)
         total = tl.dot(tl.trans(d), values, total, input_precision=PRECISION)
@@ -284,51 +253,48 @@ def _geometry(size, out_size):
 
 
 def convolve_fwd(
-    x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, statistics: dict[str, Tensor], opened: Tensor,
-    counters: Tensor, jobs: Tensor, *, n: int, size: tuple[int, int], out_size: tuple[int, int], stride: int,
-    x_row: int, out_row: int, edge: int, weight_row: int, c_in: int, c: int, edges: int, normalize: bool,
-    training: bool, moved: float,
-):  # fmt: skip
+    x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, opened: Tensor, jobs: Tensor, *, n: int,
+    size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, edge: int, shares: int,
+    weight_row: int, c_in: int, c: int, edges: int, training: bool, moved: float,
+) -> int:  # fmt: skip
     """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
-    training: statistics (mean_ptr, inverse_ptr, variance_ptr) of the outputs are taken. counters: zeros, see
-    statistics.counters."""
+    training: statistics of the outputs are left in partial, which has place for so many shares of each instance; the
+    number of those that were left is returned."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges, options = padded(edges), dot_options(out.dtype)
     options |= tuning.convolution(p_in, edges * p, options["PRECISION"], out.element_size(), training)
     tensors = {
-        "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, **statistics, "opened_ptr": opened,
-        "counters_ptr": counters, "jobs_ptr": jobs,
+        "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs
     }  # fmt: skip
     launch(
         convolve_fwd_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
-        EDGE=edge, EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c,
-        EDGES=edges, NORMALIZE=normalize, STATISTICS=training, P_IN=p_in, P=p, BLOCK=tuning.block(),
-        DTYPE=_TRITON_DTYPE[out.dtype], **options,
+        EDGE=edge, SHARES=shares, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c,
+        EDGES=edges, STATISTICS=training, P_IN=p_in, P=p, BLOCK=tuning.block(), DTYPE=TRITON_DTYPE[out.dtype],
+        **options,
     )  # fmt: skip
+    return tuning.tiles(m)
 
 
 def convolve_dgrad(
-    d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, partial: Tensor, sums: Tensor, mean: Tensor, inverse: Tensor,
-    opened: Tensor, counters: Tensor, jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int],
-    out_size: tuple[int, int], stride: int, x_row: int, dx_row: int, d_row: int, edge: int, weight_row: int, c_in: int,
-    c: int, edges: int, normalize: bool, moved: float,
+    d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, opened: Tensor, jobs: Tensor, segments: Tensor, *, n: int,
+    size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, dx_row: int, d_row: int, edge: int,
+    weight_row: int, c_in: int, c: int, edges: int, moved: float,
 ):  # fmt: skip
     p_in, p, m = padded(c_in), padded(c), n * size[0] * size[1]
     edges = padded(
         edges if edges == 1 else max(edges, 16 // p)
     )  # or else a tap is narrower than a matrix product's step
     options = dot_options(dx.dtype)
-    options |= tuning.data_gradient(p_in, edges * p, stride, normalize, options["PRECISION"], dx.element_size())
+    options |= tuning.data_gradient(p_in, edges * p, stride, options["PRECISION"], dx.element_size())
     tensors = {
-        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, "sums_ptr": sums,
-        "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened, "counters_ptr": counters, "jobs_ptr": jobs,
+        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "opened_ptr": opened, "jobs_ptr": jobs,
         "segments_ptr": segments,
     }  # fmt: skip
     launch(
         convolve_dgrad_kernel, (tuning.tiles(m), len(jobs), pieces(c_in, options["COLUMNS"])), tensors, moved, M=m,
         **_geometry(size, out_size), EDGE=edge, STRIDE=stride, X_ROW=x_row, DX_ROW=dx_row, D_ROW=d_row,
-        WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges, NORMALIZE=normalize, P=p, BLOCK=tuning.block(),
-        DTYPE=_TRITON_DTYPE[dx.dtype], **options,
+        WEIGHT_ROW=weight_row, C_IN=c_in, C=c, EDGES=edges, P=p, BLOCK=tuning.block(), DTYPE=TRITON_DTYPE[dx.dtype],
+        **options,
     )  # fmt: skip
 
 
@@ -347,22 +313,19 @@ def wgrad_parts(m: int, c_in: int, c: int, edges: int, taps: int, jobs: int, dty
 
 
 def convolve_wgrad(
-    d: Tensor, x: Tensor, partial: Tensor, mean: Tensor, inverse: Tensor, opened: Tensor, jobs: Tensor, *, n: int,
-    size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, d_row: int, edge: int, c_in: int, c: int,
-    edges: int, taps: int, normalize: bool, parts: int, distance: int, moved: float,
+    d: Tensor, x: Tensor, partial: Tensor, opened: Tensor, jobs: Tensor, *, n: int, size: tuple[int, int],
+    out_size: tuple[int, int], stride: int, x_row: int, d_row: int, edge: int, c_in: int, c: int, edges: int, taps: int,
+    parts: int, distance: int, moved: float,
 ):  # fmt: skip
     """Partial gradients, float32, parts of them, distance apart. taps: the most of any job."""
     p_in, p, m, edges = padded(c_in), padded(c), n * out_size[0] * out_size[1], padded(edges)
     options = _wgrad_options(c_in, c, edges, x.dtype)
-    tensors = {
-        "d_ptr": d, "x_ptr": x, "partial_ptr": partial, "mean_ptr": mean, "inverse_ptr": inverse, "opened_ptr": opened,
-        "jobs_ptr": jobs,
-    }  # fmt: skip
+    tensors = {"d_ptr": d, "x_ptr": x, "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs}
     launch(
         convolve_wgrad_kernel, (parts, len(jobs), pieces(taps * p_in, options["BLOCK_K"])), tensors, moved, M=m,
         **_geometry(size, out_size), EDGE=edge, DISTANCE=distance, STRIDE=stride, X_ROW=x_row, D_ROW=d_row, C_IN=c_in,
-        C=c, EDGES=edges, NORMALIZE=normalize, P_IN=p_in, P=p, DTYPE=_TRITON_DTYPE[x.dtype], **options,
+        C=c, EDGES=edges, P_IN=p_in, P=p, DTYPE=TRITON_DTYPE[x.dtype], **options,
     )  # fmt: skip
 
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

@@ -29,6 +29,7 @@ def _forward(spec, inputs, alpha, beta, gates, weights, statistics):
     raw = torch.empty(2 * p.k * p.slice_in, dtype=dtype, device=device)
     for i, x in enumerate(inputs):
         work.preprocess(i, x, raw)
+    work.merge("inputs", ())
     work.normalize_states(raw)
     del raw
 
@@ -40,8 +41,11 @@ def _forward(spec, inputs, alpha, beta, gates, weights, statistics):
     for group in p.groups:
         work.first_stages(group)
         work.poolings(group)
+        work.merge("first", group)
         work.second_stages(group)
+        work.merge("second", group)
         work.node(group[-1] - 1, flat)
+    del work.partial  # backward does not need it
     return out, work
 
 

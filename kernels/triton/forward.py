@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from ..spec import EPSILON
 from . import tuning
 from .convolution import convolve_fwd
 from .launch import is_counting, launch, padded, pieces
@@ -11,6 +10,8 @@ from .mixture import mix_fwd_kernel, node_fwd_kernel, normalize_fwd_kernel
 from .packing import expand_kernel, halves_kernel
 from .plan import Plan
 from .pools import pool_fwd_kernel
+from .rows import rows_fwd
+from .statistics import merge_statistics
 
 
 class Forward:
@@ -28,8 +29,9 @@ class Forward:
         self.opened = torch.empty(p.instances, dtype=torch.int32, device=device)
         self.updated = torch.empty(p.instances, 1, device=device)
         self.coefficients = torch.empty(p.one + 1, device=device)
-        self.counters = torch.empty(p.counters, dtype=torch.int32, device=device)
-        self.partial = torch.empty(p.instances * tuning.tiles(max(p.m, p.m_in)) * 2 * p.c, device=device)
+        self.counters = torch.empty(p.node_jobs, dtype=torch.int32, device=device)
+        self.partial = torch.empty(p.instances * p.shares * 3 * p.c, device=device)
+        self.left = []  # (instance, its shares of statistics) that are to be merged
         self.open_on_host = None
         if is_counting():
             flat = [value != 0 for row in gates.tolist() for value in row] if gates.device.type == "cpu" else None
@@ -56,7 +58,7 @@ class Forward:
         block = padded(p.edges)
         launch(
             mix_fwd_kernel, (1 + pieces(p.instances + 1, block),), tensors | {"counters_ptr": self.counters}, 0,
-            EDGES=p.edges, ROWS=p.instances, LAST=p.one, COUNTERS=p.counters, OPERATIONS=len(p.spec.operations),
+            EDGES=p.edges, ROWS=p.instances, LAST=p.one, COUNTERS=p.node_jobs, OPERATIONS=len(p.spec.operations),
             PATHS=p.spec.paths, K=p.k, C=p.c, P=padded(p.c), BLOCK=block, USES=p.mix_tables["uses_ptr"].shape[1],
         )  # fmt: skip
 
@@ -82,12 +84,12 @@ class Forward:
         """Raw, not normalized, into raw's slices."""
         p = self.p
         jobs = p.cached(("preprocess", i), lambda: [p.preprocess_job(i)])
-        convolve_fwd(
-            x, self.preprocess_weights(i), raw, self.partial, self.statistics, self.opened, self.counters, jobs,
-            **p.preprocess_shape(i), x_row=x.shape[1], out_row=p.c, edge=p.slice_in, weight_row=p.c * p.k, edges=p.k,
-            normalize=False, training=self.training,
-            moved=self.moved(lambda: x.numel() + p.m_in * p.c * p.k),
+        count = convolve_fwd(
+            x, self.preprocess_weights(i), raw, self.partial, self.opened, jobs, **p.preprocess_shape(i),
+            x_row=x.shape[1], out_row=p.c, edge=p.slice_in, shares=p.shares, weight_row=p.c * p.k, edges=p.k,
+            training=self.training, moved=self.moved(lambda: x.numel() + p.m_in * p.c * p.k),
         )  # fmt: skip
+        self.left += [(i * p.k + s, count) for s in range(p.k)]
 
     def normalize_states(self, raw):
         p = self.p
@@ -97,6 +99,13 @@ class Forward:
             M=p.m_in, SLICE=p.slice_in, first=0, **self.block,
         )  # fmt: skip
 
+    def merge(self, name, group):
+        """The statistics of what was launched before."""
+        if self.training and self.left:
+            jobs = self.p.cached(("merge", name, group), lambda: self.left)
+            merge_statistics(self.partial, self.statistics, self.opened, jobs, self.p.shares, self.p.c)
+        self.left = []
+
     def shape(self, group):
         """Of the convolutions of a group's edges."""
         p = self.p
@@ -105,53 +114,62 @@ class Forward:
 
     def first_stages(self, group):
         p = self.p
-        rows, jobs = p.jobs("first", group, lambda: p.first_stage_jobs(group))
+        table, jobs = p.jobs("first", group, lambda: p.first_stage_jobs(group))
         read = p.m_in if group[0] < 2 else p.m
 
         def elements():
-            opened = [self.count_open(range(job[8], job[8] + job[10])) for job in rows]
+            opened = [self.count_open(range(job[8], job[8] + job[10])) for job in table]
             return p.c * sum((n > 0) * read + n * p.m for n in opened)
 
-        if rows:
-            convolve_fwd(
-                self.space, self.dense, self.space, self.partial, self.statistics, self.opened, self.counters, jobs,
-                **self.shape(group), x_row=p.c, out_row=p.c, edge=p.slice, weight_row=p.c,
-                edges=max(job[10] for job in rows), normalize=False, training=self.training,
-                moved=self.moved(elements),
+        if not table:
+            return
+        maps, shape = (self.space, self.dense, self.space, self.partial), self.shape(group)
+        common = {
+            "x_row": p.c, "out_row": p.c, "edge": p.slice, "shares": p.shares, "edges": max(job[10] for job in table),
+            "training": self.training, "moved": self.moved(elements),
+        }  # fmt: skip
+        if shape["stride"] == 1:
+            count = rows_fwd(
+                *maps, self.normalizing, self.opened, jobs, **self.square, **common, normalize=False
             )  # fmt: skip
+        else:
+            count = convolve_fwd(*maps, self.opened, jobs, **shape, **common, weight_row=p.c)
+        self.left += [(job[8] + e, count) for job in table for e in range(job[10])]
 
     def poolings(self, group):
         p = self.p
-        rows, jobs = p.jobs("pool", group, lambda: p.pool_jobs(group))
-        if not rows:
+        table, jobs = p.jobs("pool", group, lambda: p.pool_jobs(group))
+        if not table:
             return
         size, read = (p.inner, p.m_in) if group[0] < 2 else (p.outer, p.m)
         tensors = {
             "x_ptr": self.space, "out_ptr": self.space, "index_ptr": self.index, "partial_ptr": self.partial,
-            **self.statistics, "opened_ptr": self.opened, "counters_ptr": self.counters, "jobs_ptr": jobs,
+            "opened_ptr": self.opened, "jobs_ptr": jobs,
         }  # fmt: skip
-        moved = self.moved(lambda: sum(p.c * (read + p.m) for job in rows if job[4] < 0 or self.open_on_host[job[4]]))
+        moved = self.moved(lambda: sum(p.c * (read + p.m) for job in table if job[4] < 0 or self.open_on_host[job[4]]))
         launch(
-            pool_fwd_kernel, (tuning.tiles(p.m), len(rows)), tensors, moved, M=p.m, H=size[0], W=size[1],
-            OH=p.outer[0], OW=p.outer[1], EPSILON=EPSILON, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
+            pool_fwd_kernel, (tuning.tiles(p.m), len(table)), tensors, moved, M=p.m, H=size[0], W=size[1],
+            OH=p.outer[0], OW=p.outer[1], SHARES=p.shares, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
             STATISTICS=self.training, **(self.block | tuning.pooling(padded(p.c))),
         )  # fmt: skip
+        self.left += [(job[4], tuning.tiles(p.m)) for job in table if job[4] >= 0]
 
     def second_stages(self, group):
         p = self.p
-        rows, jobs = p.jobs("second", group, lambda: p.second_stage_jobs(group))
-        if rows:
-            moved = self.moved(lambda: 2 * p.m * p.c * self.count_open(job[8] for job in rows))
-            convolve_fwd(
-                self.space, self.dense, self.space, self.partial, self.statistics, self.opened, self.counters, jobs,
-                **self.second_shape, x_row=p.c, out_row=p.c, edge=p.slice, weight_row=p.c, edges=1, normalize=True,
-                training=self.training, moved=moved,
+        table, jobs = p.jobs("second", group, lambda: p.second_stage_jobs(group))
+        if table:
+            moved = self.moved(lambda: 2 * p.m * p.c * self.count_open(job[8] for job in table))
+            count = rows_fwd(
+                self.space, self.dense, self.space, self.partial, self.normalizing, self.opened, jobs, **self.square,
+                x_row=p.c, out_row=p.c, edge=p.slice, shares=p.shares, edges=1, normalize=True, training=self.training,
+                moved=moved,
             )  # fmt: skip
+            self.left += [(job[8], count) for job in table]
 
     @property
-    def second_shape(self):
-        p = self.p
-        return {"n": p.n, "size": p.outer, "out_size": p.outer, "stride": 1, "c_in": p.c, "c": p.c}
+    def square(self):
+        """Shape of stages of stride 1."""
+        return {"n": self.p.n, "size": self.p.outer, "c": self.p.c}
 
     def node(self, node, out):
         p = self.p

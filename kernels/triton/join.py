@@ -7,7 +7,7 @@ import triton.language as tl
 from .affine import affine, incoming, path_scale
 from .convolution import position, within
 from .launch import kernel
-from .statistics import finishes_last, merge_sums
+from .statistics import add_up, finishes_last
 
 
 @triton.jit
@@ -111,5 +111,5 @@ def join_reduce_kernel(
     tl.store(partial_ptr + part * 2 * C + c, tl.sum(sum_d, 0), mask=kept)
     tl.store(partial_ptr + part * 2 * C + C + c, tl.sum(sum_dx, 0), mask=kept)
     if finishes_last(counters_ptr + job * tl.num_programs(2) + block, parts):
-        merge_sums(partial_ptr, gradient_ptr + (ROWS + row) * C, c, kept, parts, 2 * C, 32)
-        merge_sums(partial_ptr + C, gradient_ptr + row * C, c, kept, parts, 2 * C, 32)
+        add_up(partial_ptr, gradient_ptr + (ROWS + row) * C, c, kept, parts, 2 * C, 32)
+        add_up(partial_ptr + C, gradient_ptr + row * C, c, kept, parts, 2 * C, 32)

@@ -9,7 +9,7 @@ import triton
 
 # A kernel that the launchers call. Numbers of rows are not specialized on (divisible by 16 or not), which would compile
 # each kernel again for a last batch; distances are: that they are aligned is what makes loads wide.
-_SIZES = ["M", "IMAGES", "first", "ROWS", "LAST", "COUNTERS", "EPSILON"]
+_SIZES = ["M", "IMAGES", "first", "ROWS", "LAST", "COUNTERS", "EPSILON", "SHARES"]
 kernel = triton.jit(do_not_specialize=_SIZES)
 
 

@@ -7,9 +7,6 @@ from functools import cached_property
 import torch
 
 from ..spec import OPERATIONS, CellSpec
-from . import tuning
-from .launch import pieces
-from .statistics import counters
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,7 @@ class Layout:
         self.node_sums = self.edges * self.columns
         self.instance_sums = self.node_sums + self.nodes * self.k
         self.sums = self.instance_sums + 2 * self.instances
-        # at least the jobs of any launch that takes sums, of nodes and of all else, whose tiles may be half as large
-        self.node_jobs = self.edges * self.columns + self.k
-        jobs = max(len(self.convolutions) * self.edges, 2 * (len(self.poolings) + self.k)) * pieces(self.c, 64)
-        self.counters = max(self.node_jobs, counters(jobs, 2 * tuning.tiles(max(self.m, self.m_in))))
+        self.node_jobs = self.edges * self.columns + self.k  # at least those of any node's reduction
         self.groups = [(0, 1), *((source,) for source in range(2, spec.nodes + 1))]
 
     @cached_property

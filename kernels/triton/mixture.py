@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .convolution import position
 from .launch import kernel
-from .statistics import counters_of, finishes_last, merge_sums, take_sums
+from .statistics import add_up, finishes_last, leave_sums
 
 
 @kernel
@@ -196,7 +196,7 @@ def node_reduce_kernel(
     partial_ptr += tl.program_id(1) * parts * C
     tl.store(partial_ptr + part * C + c, tl.sum(total, 0), mask=c < C)
     if finishes_last(counters_ptr + tl.program_id(1), parts):
-        merge_sums(partial_ptr, sums_ptr + tl.load(entries_ptr + 4) * C, c, c < C, parts, C, 32)
+        add_up(partial_ptr, sums_ptr + tl.load(entries_ptr + 4) * C, c, c < C, parts, C, 32)
 
 
 @kernel
@@ -237,18 +237,18 @@ def draw_kernel(
 
 @kernel
 def state_bwd_kernel(
-    d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, sums_ptr, coefficients_ptr,
-    opened_ptr, counters_ptr, jobs_ptr, poolings_ptr, through_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, coefficients_ptr, opened_ptr,
+    jobs_ptr, poolings_ptr, through_ptr, M, H: tl.constexpr, W: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, SLICE, D_OUT, STRIDE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a state. Grid (tiles, jobs), a job a slice: dx offset (of the convolutions; -1: none), first
-    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, row of sums. Of a
+    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, row of its sums. Of a
     pooling: offset of its gradient, index offset, mode, instance. Of an edge: d offset, coefficient of what it lets
     through.
 
     A node's gradient has the cell's output added, from d_out (rows of OUT_ROW, from D_OUT on), and is stored slice by
-    slice as before the shuffle. An input state's is stored as it is, with sums[row], sums[row + 1] = sum, sum * state.
+    slice as before the shuffle. An input state's is stored as it is, with shares of the sums of it and of it * state.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 10
     rows, c = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
@@ -313,11 +313,8 @@ def state_bwd_kernel(
         tl.store(out + where, stored, mask=mask)
         total = stored.to(tl.float32)
         state = tl.load(state_ptr + tl.multiple_of(tl.load(jobs_ptr + 6), 8) + where, mask=mask, other=0.0)
-        sums_ptr += tl.load(jobs_ptr + 9) * C
-        job = tl.program_id(1)
-        take_sums(
-            partial_ptr, counters_ptr + counters_of(job, tl.num_programs(0)), sums_ptr, sums_ptr + C, tl.sum(total, 0),
-            tl.sum(total * state.to(tl.float32), 0), job, c, c < C, C,
+        leave_sums(
+            partial_ptr, tl.sum(total, 0), tl.sum(total * state.to(tl.float32), 0), tl.program_id(1), c, c < C, C
         )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """A cell's packed weights, laid end to end, to the dense weights of its convolutions, and the gradients' way back."""
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import kernel, launch, pieces
+from .launch import kernel, launch, padded, pieces
 
 
 @kernel
@@ -20,26 +21,6 @@ def expand_kernel(weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constex
     for tap in range(0, tl.load(jobs_ptr + 2).to(tl.int32)):
         depthwise = tl.load(depthwise_ptr + tap * C + ci, mask=ci < C, other=0.0)
         tl.store(out_ptr + (tap * C + ci) * C + co, (depthwise * pointwise).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@kernel
-def contract_kernel(dense_ptr, weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr):
-    """Grid (jobs,), a stage of an edge each: depthwise offset, pointwise offset, taps, dense offset. The gradient of
-    the dense weight becomes those of its two factors, which lie in out as the weights do.
-    """
-    jobs_ptr += tl.program_id(0) * 4
-    at_depthwise, at_pointwise = tl.load(jobs_ptr), tl.load(jobs_ptr + 1)
-    dense_ptr += tl.load(jobs_ptr + 3)
-    c, ci, co = tl.arange(0, P), tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
-    mask = (ci < C) & (co < C)
-    pointwise = tl.load(weights_ptr + at_pointwise + ci * C + co, mask=mask, other=0.0)
-    d_pointwise = tl.zeros([P, P], tl.float32)
-    for tap in range(0, tl.load(jobs_ptr + 2).to(tl.int32)):
-        dense = tl.load(dense_ptr + (tap * C + ci) * C + co, mask=mask, other=0.0)
-        depthwise = tl.load(weights_ptr + at_depthwise + tap * C + c, mask=c < C, other=0.0)
-        d_pointwise += dense * depthwise[:, None]
-        tl.store(out_ptr + at_depthwise + tap * C + c, tl.sum(dense * pointwise, 1), mask=c < C)
-    tl.store(out_ptr + at_pointwise + ci * C + co, d_pointwise, mask=mask)
 
 
 @kernel
@@ -61,20 +42,56 @@ def halves_kernel(weights_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.load(jobs_ptr + 2) + i, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _contract(dense_ptr, weights_ptr, out_ptr, job_ptr, C: tl.constexpr, P: tl.constexpr):
+    """Depthwise offset, pointwise offset, taps, dense offset: the gradient of a stage's dense weight becomes those of
+    its two factors, which lie in out as the weights do."""
+    at_depthwise, at_pointwise = tl.load(job_ptr), tl.load(job_ptr + 1)
+    dense_ptr += tl.load(job_ptr + 3)
+    c, ci, co = tl.arange(0, P), tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
+    mask = (ci < C) & (co < C)
+    pointwise = tl.load(weights_ptr + at_pointwise + ci * C + co, mask=mask, other=0.0)
+    d_pointwise = tl.zeros([P, P], tl.float32)
+    for tap in range(0, tl.load(job_ptr + 2).to(tl.int32)):
+        dense = tl.load(dense_ptr + (tap * C + ci) * C + co, mask=mask, other=0.0)
+        depthwise = tl.load(weights_ptr + at_depthwise + tap * C + c, mask=c < C, other=0.0)
+        d_pointwise += dense * depthwise[:, None]
+        tl.store(out_ptr + at_depthwise + tap * C + c, tl.sum(dense * pointwise, 1), mask=c < C)
+    tl.store(out_ptr + at_pointwise + ci * C + co, d_pointwise, mask=mask)
+
+
+@triton.jit
+def _gather(dense_ptr, out_ptr, job_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Dense offset, out offset, edges, rows, columns, tap, first column, distance of edges, distance of slices in
+    dense: of weights that are dense already. out[e, row, column] = dense[e][slice][tap, row, channel], column =
+    slice * C + channel."""
+    rows, columns = tl.load(job_ptr + 3), tl.load(job_ptr + 4)
+    size = tl.load(job_ptr + 2) * rows * columns
+    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < size
+        column, row, e = i % columns + tl.load(job_ptr + 6), (i // columns) % rows, i // (columns * rows)
+        where = dense_ptr + tl.load(job_ptr) + e * tl.load(job_ptr + 7) + (column // C) * tl.load(job_ptr + 8)
+        where += (tl.load(job_ptr + 5) * rows + row) * C + column % C
+        tl.store(out_ptr + tl.load(job_ptr + 1) + i, tl.load(where, mask=mask, other=0.0), mask=mask)
+
+
 @kernel
-def gather_kernel(dense_ptr, out_ptr, jobs_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of weights that are dense already. Grid (blocks, jobs): dense offset, out offset, edges, rows, columns,
-    tap, first column, distance of edges, distance of slices in dense. out[e, row, column] = dense[e][slice][tap, row,
-    channel], column = slice * C + channel.
-    """
-    jobs_ptr += tl.program_id(1) * 9
-    rows, columns = tl.load(jobs_ptr + 3), tl.load(jobs_ptr + 4)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < tl.load(jobs_ptr + 2) * rows * columns
-    column, row, e = i % columns + tl.load(jobs_ptr + 6), (i // columns) % rows, i // (columns * rows)
-    where = dense_ptr + tl.load(jobs_ptr) + e * tl.load(jobs_ptr + 7) + (column // C) * tl.load(jobs_ptr + 8)
-    where += (tl.load(jobs_ptr + 5) * rows + row) * C + column % C
-    tl.store(out_ptr + tl.load(jobs_ptr + 1) + i, tl.load(where, mask=mask, other=0.0), mask=mask)
+def unpack_kernel(
+    dense_ptr, weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Gradients of dense weights become those of the packed ones. Grid (programs, jobs). A job: kind (0: a stage of an
+    edge, one program's work, see _contract; 1: see _gather), and what it needs."""
+    jobs_ptr += tl.program_id(1) * 10
+    if tl.load(jobs_ptr) == 1:
+        _gather(dense_ptr, out_ptr, jobs_ptr + 1, C, BLOCK)
+    elif tl.program_id(0) == 0:
+        _contract(dense_ptr, weights_ptr, out_ptr, jobs_ptr + 1, C, P)
+
+
+def unpack(dense: Tensor, weights: Tensor, out: Tensor, jobs: Tensor, c: int):
+    tensors = {"dense_ptr": dense, "weights_ptr": weights, "out_ptr": out, "jobs_ptr": jobs}
+    launch(unpack_kernel, (16, len(jobs)), tensors, 0, C=c, P=padded(c), BLOCK=256)
 
 
 @kernel

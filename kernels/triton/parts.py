@@ -8,9 +8,10 @@ from . import tuning
 from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
 from .launch import launch, padded, pieces
 from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
-from .packing import collect, contract_kernel, expand_kernel
+from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
-from .statistics import counters, moments_kernel
+from .rows import rows_dgrad, rows_fwd, rows_wgrad, rows_wgrad_parts
+from .statistics import merge_statistics, moments_kernel
 
 EDGES = 4  # of one job, as in a cell
 
@@ -30,12 +31,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x, c
 
 
-def _no_statistics(device) -> dict[str, Tensor]:
-    return dict.fromkeys(("mean_ptr", "inverse_ptr", "variance_ptr"), torch.empty(1, device=device))
-
-
-def _counters(device, tiles: int, jobs: int = 1) -> Tensor:
-    return torch.zeros(counters(jobs, tiles), dtype=torch.int32, device=device)
+def _normalizing_nothing(none: Tensor) -> dict[str, Tensor]:
+    return {"mean_ptr": none, "inverse_ptr": none}
 
 
 def _new(n: int, c: int, size, like: Tensor) -> Tensor:
@@ -59,17 +56,26 @@ class _Dense(torch.autograd.Function):
         each = taps * c_in * c
         step = 1 if own else EDGES
         firsts = range(0, edges, step)
-        shape = {"n": n, "size": tuple(size), "out_size": tuple(out.shape[2:]), "stride": stride, "c_in": c_in, "c": c}
         jobs = [[e * c_in if own else 0, e * each, each, *geometry, e, e * c, min(step, edges - e), 0] for e in firsts]
         none, opened = torch.empty(1, device=x.device), torch.ones(edges, dtype=torch.int32, device=x.device)
         weight = weight.contiguous()
-        convolve_fwd(
-            x, weight, out, none, _no_statistics(x.device), opened, opened, _table(jobs, x.device), **shape,
-            x_row=x_row, out_row=edges * c, edge=c, weight_row=c, edges=step, normalize=False, training=False,
-            moved=(x.numel() + out.numel()) * x.element_size(),
-        )  # fmt: skip
+        # stages of stride 1, whose taps are a square, have kernels of their own
+        ctx.square = stride == 1 and geometry[0] == geometry[1] ** 2
+        ctx.shape = {"n": n, "size": tuple(size), "c": c}
+        ctx.any_shape = {"out_size": tuple(out.shape[2:]), "stride": stride, "c_in": c_in}
+        common = {
+            "x_row": x_row, "out_row": edges * c, "edge": c, "shares": 0, "edges": step, "training": False,
+            "moved": (x.numel() + out.numel()) * x.element_size(),
+        }  # fmt: skip
+        table = _table(jobs, x.device)
+        if ctx.square:
+            rows_fwd(
+                x, weight, out, none, _normalizing_nothing(none), opened, table, **ctx.shape, **common, normalize=False
+            )  # fmt: skip
+        else:
+            convolve_fwd(x, weight, out, none, opened, table, **ctx.shape, **ctx.any_shape, **common, weight_row=c)
         ctx.save_for_backward(x, weight, opened)
-        ctx.geometry, ctx.shape, ctx.own, ctx.x_row = geometry, shape, own, x_row
+        ctx.geometry, ctx.own, ctx.x_row = geometry, own, x_row
         return out
 
     @staticmethod
@@ -80,28 +86,43 @@ class _Dense(torch.autograd.Function):
         geometry, own, each = ctx.geometry, ctx.own, taps * c_in * c
         d = d.contiguous(memory_format=torch.channels_last)
         none = torch.empty(1, device=x.device)
+        normalizing = _normalizing_nothing(none)
         step = 1 if own else EDGES
         firsts = range(0, edges, step)
-        common = {"x_row": ctx.x_row, "d_row": edges * c, "edge": c, "edges": step, "normalize": False}
+        common = {"x_row": ctx.x_row, "d_row": edges * c, "edge": c, "edges": step}
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:
             d_x = _new(x.shape[0], x.shape[1], x.shape[2:], x)
             segments = [[e * c, e, min(step, edges - e), e * each, each, *geometry] for e in firsts]
             jobs = [[e * c_in, e * c_in, e, 1, 0, 0] for e in firsts] if own else [[0, 0, 0, len(segments), 0, 0]]
-            convolve_dgrad(
-                d, weight, x, d_x, none, none, none, none, opened, opened, _table(jobs, x.device), _table(segments,
-                x.device), **ctx.shape, **common, dx_row=x.shape[1], weight_row=c,
-                moved=(d.numel() + 2 * x.numel()) * x.element_size(),
-            )  # fmt: skip
+            tables = _table(jobs, x.device), _table(segments, x.device)
+            moved = {"dx_row": x.shape[1], "moved": (d.numel() + 2 * x.numel()) * x.element_size()}
+            if ctx.square:
+                rows_dgrad(
+                    d, weight, x, d_x, none, normalizing, opened, *tables, **ctx.shape, **common, **moved,
+                    normalize=False,
+                )  # fmt: skip
+            else:
+                convolve_dgrad(
+                    d, weight, x, d_x, opened, *tables, **ctx.shape, **ctx.any_shape, **common, **moved, weight_row=c
+                )  # fmt: skip
         if ctx.needs_input_grad[1]:
             jobs = [[e * c_in if own else 0, e * c, e, min(step, edges - e), *geometry, e * each, 0] for e in firsts]
-            n, out_size = x.shape[0], ctx.shape["out_size"]
-            parts = wgrad_parts(n * out_size[0] * out_size[1], c_in, c, step, taps, len(jobs), x.dtype)
+            n, size, out_size = x.shape[0], ctx.shape["size"], ctx.any_shape["out_size"]
+            if ctx.square:
+                parts = rows_wgrad_parts(n, size, c, step, geometry[1], len(jobs), x.dtype)
+            else:
+                parts = wgrad_parts(n * out_size[0] * out_size[1], c_in, c, step, taps, len(jobs), x.dtype)
             partial = torch.empty(parts, edges * each, device=x.device)
-            convolve_wgrad(
-                d, x, partial, none, none, opened, _table(jobs, x.device), **ctx.shape, **common, taps=taps,
-                parts=parts, distance=edges * each, moved=(d.numel() + x.numel()) * x.element_size() + partial.nbytes,
-            )  # fmt: skip
+            moved = (d.numel() + x.numel()) * x.element_size() + partial.nbytes
+            common |= {"parts": parts, "distance": edges * each, "moved": moved}
+            table = _table(jobs, x.device)
+            if ctx.square:
+                rows_wgrad(
+                    d, x, partial, normalizing, opened, table, **ctx.shape, **common, side=geometry[1], normalize=False
+                )  # fmt: skip
+            else:
+                convolve_wgrad(d, x, partial, opened, table, **ctx.shape, **ctx.any_shape, **common, taps=taps)
             d_weight = torch.empty_like(weight)
             row = [0, edges * each, parts, 0, edges * each]
             collect(partial, d_weight, [row], _table([row], x.device))
@@ -129,9 +150,9 @@ class _Expand(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         edges, taps, c = ctx.shape
         gradient = torch.empty_like(weights)
-        jobs = [[e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c] for e in range(edges)]
-        tensors = {"dense_ptr": d.contiguous(), "weights_ptr": weights, "out_ptr": gradient}
-        launch(contract_kernel, (edges,), tensors | {"jobs_ptr": _table(jobs, d.device)}, 0, C=c, P=padded(c))
+        nothing = [0] * 5
+        jobs = [[0, e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c, *nothing] for e in range(edges)]
+        unpack(d.contiguous(), weights, gradient, _table(jobs, d.device), c)
         depthwise, pointwise = gradient.split([edges * taps * c, edges * c * c])
         return depthwise.view(edges, taps, c), pointwise.view(edges, c, c)
 
@@ -157,13 +178,13 @@ class _Pooling(torch.autograd.Function):
         index = torch.empty(m * c, dtype=torch.uint8, device=x.device)
         none, opened = torch.empty(1, device=x.device), torch.ones(1, dtype=torch.int32, device=x.device)
         tensors = {
-            "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": none, **_no_statistics(x.device),
-            "opened_ptr": opened, "counters_ptr": opened, "jobs_ptr": _table([[0, 0, 0, mode, -1]], x.device),
+            "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": none, "opened_ptr": opened,
+            "jobs_ptr": _table([[0, 0, 0, mode, -1]], x.device),
         }  # fmt: skip
         launch(
             pool_fwd_kernel, (tuning.tiles(m), 1), tensors, (x.numel() + out.numel()) * x.element_size(), M=m,
-            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], EPSILON=EPSILON, STRIDE=stride, X_ROW=x_row,
-            OUT_ROW=c, C=c, STATISTICS=False, P=padded(c), BLOCK=tuning.block(),
+            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], SHARES=0, STRIDE=stride, X_ROW=x_row, OUT_ROW=c,
+            C=c, STATISTICS=False, P=padded(c), BLOCK=tuning.block(),
         )  # fmt: skip
         ctx.save_for_backward(index, opened)
         ctx.mode, ctx.stride, ctx.shape = mode, stride, x.shape
@@ -177,14 +198,13 @@ class _Pooling(torch.autograd.Function):
         d = d.contiguous(memory_format=torch.channels_last)
         d_x, m = _new(n, c, size, d), n * size[0] * size[1]
         zeros = torch.zeros(1, device=d.device)
-        partial, sums = torch.empty(tuning.tiles(m) * 2 * c, device=d.device), torch.empty(2, c, device=d.device)
+        partial = torch.empty(tuning.tiles(m) * 2 * c, device=d.device)
         tables = [[[-1, 0, 1, 0, 0, 0, 0, 0, 0, 0]], [[0, 0, ctx.mode, 0]], [[0, 0]]]
         jobs, poolings, through = (_table(rows, d.device) for rows in tables)
         tensors = {
             "d_ptr": d, "dx_ptr": d, "d_pooled_ptr": d, "index_ptr": index, "d_out_ptr": d, "state_ptr": d_x,
-            "out_ptr": d_x, "partial_ptr": partial, "sums_ptr": sums, "coefficients_ptr": zeros, "opened_ptr": opened,
-            "counters_ptr": _counters(d.device, tuning.tiles(m)), "jobs_ptr": jobs, "poolings_ptr": poolings,
-            "through_ptr": through,
+            "out_ptr": d_x, "partial_ptr": partial, "coefficients_ptr": zeros, "opened_ptr": opened, "jobs_ptr": jobs,
+            "poolings_ptr": poolings, "through_ptr": through,
         }  # fmt: skip
         launch(
             state_bwd_kernel, (tuning.tiles(m), 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), M=m,
@@ -208,22 +228,13 @@ class _Normalize(torch.autograd.Function):
         table, scales = torch.empty(2, c, device=device), torch.empty(2, c, device=device)
         ctx.training = mean is None
         if ctx.training:
-            partial, variance = torch.empty(tuning.tiles(m) * 2 * c, device=device), torch.empty(1, c, device=device)
-            tensors = {
-                "x_ptr": raw, "partial_ptr": partial, "mean_ptr": table, "inverse_ptr": scales, "variance_ptr":
-                variance,
-                "counter_ptr": _counters(device, tuning.tiles(m)),
-            }  # fmt: skip
-            launch(
-                moments_kernel,
-                (tuning.tiles(m),),
-                tensors,
-                raw.nbytes,
-                M=m,
-                EPSILON=EPSILON,
-                BLOCK=tuning.block(),
-                **block,
-            )
+            tiles, variance = tuning.tiles(m), torch.empty(1, c, device=device)
+            partial = torch.empty(tiles * 3 * c, device=device)
+            tensors = {"x_ptr": raw, "partial_ptr": partial}
+            launch(moments_kernel, (tiles,), tensors, raw.nbytes, M=m, SHARES=tiles, BLOCK=tuning.block(), **block)
+            statistics = {"mean_ptr": table, "inverse_ptr": scales, "variance_ptr": variance}
+            opened = torch.ones(1, dtype=torch.int32, device=device)
+            merge_statistics(partial, statistics, opened, _table([[0, tiles]], device), tiles, c)
             variance = variance[0]
         else:
             table[0], scales[0] = mean, (variance + EPSILON).rsqrt()
@@ -255,7 +266,7 @@ class _Normalize(torch.autograd.Function):
         partial, sums = torch.empty(2 * parts * c, device=device), torch.empty(2, c, device=device)
         tensors = {
             "d_ptr": d, "work_ptr": raw, "mean_ptr": table, "inverse_ptr": scales, "coefficients_ptr": one,
-            "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": _counters(device, parts, 2),
+            "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": torch.zeros(2, dtype=torch.int32, device=device),
             "entries_ptr": entries,
         }  # fmt: skip
         launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **block)

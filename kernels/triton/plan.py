@@ -5,9 +5,12 @@ from functools import cached_property, lru_cache
 import torch
 
 from ..spec import OPERATIONS, CellSpec
+from . import tuning
 from .convolution import wgrad_parts
+from .launch import padded
 from .layout import Layout
 from .pools import AVERAGE, BYPASS, MAXIMUM
+from .rows import data_gradient_options, forward_options, rows_tiles, rows_wgrad_parts
 
 ALWAYS, NEVER = -2, -1  # in the table of what opens a row of the statistics
 
@@ -18,6 +21,14 @@ class Plan(Layout):
     def __init__(self, spec: CellSpec, n: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype):
         super().__init__(spec, n, size, device)
         self.dtype, self._tables = dtype, {}
+
+    @cached_property
+    def shares(self) -> int:
+        """The most tiles that a map is cut into, which leave shares of its statistics or of sums."""
+        edges = {1, *(padded(len(rows)) for rows in self.spec.rows_by_source)}
+        options = [forward_options(self.c, count, self.dtype) for count in edges]
+        options.append(data_gradient_options(self.c, 1, self.dtype))
+        return max(tuning.tiles(max(self.m, self.m_in)), *(rows_tiles(self.n, self.outer, o) for o in options))
 
     # --- Tables ---
 
@@ -308,9 +319,8 @@ class Plan(Layout):
         and the buffer's size."""
         launches, end = [], 0
 
-        def add(which, sources, jobs, edges, taps, distance, m, c_in):
+        def add(which, sources, parts, distance):
             nonlocal end
-            parts = wgrad_parts(m, c_in, self.c, edges, taps, jobs, self.dtype)
             launches.append((which, sources, parts, distance, end))
             end += -(-parts * distance // 16) * 16  # aligned, for wide loads
 
@@ -320,11 +330,16 @@ class Plan(Layout):
             for sources in filter(None, groups):
                 jobs = self.second_stage_wgrad_jobs() if stage else self.first_stage_wgrad_jobs(sources)
                 if jobs:
-                    edges, taps = max(job[3] for job in jobs), max(job[4] for job in jobs)
-                    add(stage, sources, len(jobs), edges, taps, self.dense_at["preprocess0"], self.m, self.c)
+                    edges, taps, side = (max(job[i] for job in jobs) for i in (3, 4, 5))
+                    if stage == 0 and sources == strided:
+                        parts = wgrad_parts(self.m, self.c, self.c, edges, taps, len(jobs), self.dtype)
+                    else:
+                        parts = rows_wgrad_parts(self.n, self.outer, self.c, edges, side, len(jobs), self.dtype)
+                    add(stage, sources, parts, self.dense_at["preprocess0"])
         for i, wide in enumerate(self.spec.input_channels):
             taps = self.preprocess_geometry(i)[0]
-            add(f"preprocess{i}", (), 1, self.k, taps, taps * wide * self.k * self.c, self.m_in, wide)
+            parts = wgrad_parts(self.m_in, wide, self.c, self.k, taps, 1, self.dtype)
+            add(f"preprocess{i}", (), parts, taps * wide * self.k * self.c)
         return launches, end
 
     def first_stage_wgrad_jobs(self, sources):
@@ -377,9 +392,9 @@ class Plan(Layout):
                     each = v.taps * self.c * self.c
                     for row in rows:
                         jobs.append([
-                            self.weight_at[v.depthwise] + row * v.taps * self.c,
+                            0, self.weight_at[v.depthwise] + row * v.taps * self.c,
                             self.weight_at[v.pointwise] + row * self.c * self.c,
-                            v.taps, start + self.dense_at[v.name] + row * each,
+                            v.taps, start + self.dense_at[v.name] + row * each, 0, 0, 0, 0, 0,
                         ])  # fmt: skip
         return jobs
 
@@ -394,7 +409,7 @@ class Plan(Layout):
                             (("even", 0, c // 2), ("odd", c // 2, c - c // 2))
                         ):
                             out = self.weight_at[f"{v.name}_{half}"]
-                            jobs.append([at, out, self.spec.strided_rows, c, columns, tap, first, 2 * c * c, 0])
+                            jobs.append([1, at, out, self.spec.strided_rows, c, columns, tap, first, 2 * c * c, 0])
             if isinstance(which, str):
                 i = int(which[-1])
                 taps, rows = self.preprocess_geometry(i)[0], self.spec.input_channels[i]
@@ -402,7 +417,7 @@ class Plan(Layout):
                 if taps == 2:
                     halves = (f"{which}_even", 0, wide // 2), (f"{which}_odd", wide // 2, wide - wide // 2)
                 for tap, (name, first, columns) in enumerate(halves):
-                    jobs.append([start, self.weight_at[name], 1, rows, columns, tap, first, 0, taps * rows * c])
+                    jobs.append([1, start, self.weight_at[name], 1, rows, columns, tap, first, 0, taps * rows * c])
         return jobs
 
 

@@ -4,17 +4,16 @@ import triton.language as tl
 
 from .convolution import position
 from .launch import kernel
-from .statistics import counters_of, take_statistics
+from .statistics import leave_statistics
 
 MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
 
 
 @kernel
 def pool_fwd_kernel(
-    x_ptr, out_ptr, index_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, counters_ptr, jobs_ptr,
-    M, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, EPSILON, STRIDE: tl.constexpr,
-    X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, out_ptr, index_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, SHARES, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
+    C: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, out offset, index offset, mode, instance (-1: always open, no statistics).
     index: which tap held the maximum, the first of equals, uint8. Statistics as the convolution's.
@@ -60,7 +59,6 @@ def pool_fwd_kernel(
             count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
             sums = tl.sum(value, 0)
             away = tl.where(mask, value - (sums / count)[None, :], 0.0)
-            take_statistics(
-                partial_ptr, counters_ptr + counters_of(tl.program_id(1), tl.num_programs(0)), mean_ptr, inverse_ptr,
-                variance_ptr, sums, tl.sum(away * away, 0), instance + c * 0, c, c < C, M, EPSILON, C, BLOCK,
+            leave_statistics(
+                partial_ptr, tile, count, sums, tl.sum(away * away, 0), instance + c * 0, c, c < C, SHARES, C
             )  # fmt: skip

@@ -1,14 +1,19 @@
-"""Batch statistics and other sums over all rows of a map: every program leaves its share, and the last one to finish
-adds them up, always in the same order. So no sum needs a launch of its own, and two runs give the same bits.
+"""Batch statistics and other sums over all rows of a map: every program leaves its share, and these are added up,
+always in the same order. So two runs give the same bits.
 
-They add up in two levels, since one program alone would take longer over the shares of thousands than these over all
-else: of every GROUP tiles the last one to finish merges the group, and the last of these the groups.
+In the search, where a map has thousands of tiles, a small kernel adds up what the launches before it left: it costs
+less than if each program had to find out whether it is the last. In derived cells, whose programs do more each, the
+last one to finish adds up, in two levels: of every GROUP tiles the last one merges the group, and the last of these the
+groups.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .launch import kernel, pieces
+from ..spec import EPSILON
+from . import tuning
+from .launch import kernel, launch, padded, pieces
 
 GROUP = tl.constexpr(32)  # tiles
 
@@ -125,7 +130,7 @@ def take_sums(partial_ptr, counters_ptr, a_ptr, b_ptr, a, b, job, c, mask, C: tl
 
 
 @triton.jit
-def merge_sums(partial_ptr, sums_ptr, c, mask, parts, stride, BLOCK: tl.constexpr):
+def add_up(partial_ptr, sums_ptr, c, mask, parts, stride, BLOCK: tl.constexpr):
     """sums[c] = sum over parts, of which there are few, of partial[part * stride + c]."""
     total = tl.zeros([c.shape[0]], tl.float32)
     for start in range(0, parts, BLOCK):
@@ -136,18 +141,104 @@ def merge_sums(partial_ptr, sums_ptr, c, mask, parts, stride, BLOCK: tl.constexp
 
 
 @kernel
-def moments_kernel(
-    x_ptr, partial_ptr, mean_ptr, inverse_ptr, variance_ptr, counter_ptr, M, EPSILON, C: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles,). Statistics of rows of C channels."""
+def moments_kernel(x_ptr, partial_ptr, M, SHARES, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (tiles,). Statistics of rows of C channels, instance 0."""
     rows, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
     mask = (rows < M)[:, None] & (c < C)[None, :]
     value = tl.load(x_ptr + (rows.to(tl.int64) * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
     sums = tl.sum(value, 0)
     count = tl.minimum(M - tl.program_id(0) * BLOCK, BLOCK).to(tl.float32)
     away = tl.where(mask, value - (sums / count)[None, :], 0.0)
-    take_statistics(
-        partial_ptr, counter_ptr, mean_ptr, inverse_ptr, variance_ptr, sums, tl.sum(away * away, 0), c * 0, c, c < C, M,
-        EPSILON, C, BLOCK,
+    leave_statistics(
+        partial_ptr, tl.program_id(0), count, sums, tl.sum(away * away, 0), c * 0, c, c < C, SHARES, C
+    )  # fmt: skip
+
+
+@triton.jit
+def leave_statistics(partial_ptr, tile, count, sums, squares, instance, c, mask, SHARES, C: tl.constexpr):
+    """Leaves a tile's share of the statistics of channel c of an instance, columns of a block: how many rows, their sum
+    and the squares about their mean, in partial[instance, tile], of SHARES an instance. merge_statistics is to
+    follow."""
+    partial_ptr += (instance.to(tl.int64) * SHARES + tile) * (3 * C) + c
+    tl.store(partial_ptr, count + sums * 0, mask=mask)
+    tl.store(partial_ptr + C, sums, mask=mask)
+    tl.store(partial_ptr + 2 * C, squares, mask=mask)
+
+
+@kernel
+def merge_statistics_kernel(
+    partial_ptr, mean_ptr, inverse_ptr, variance_ptr, opened_ptr, jobs_ptr, SHARES, EPSILON, C: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (instances,). A job: instance, its shares. Stores the mean, 1 / sqrt(variance + epsilon) and the unbiased
+    variance of an instance that is open, by Chan's merge of its shares."""
+    jobs_ptr += tl.program_id(0) * 2
+    instance, shares = tl.load(jobs_ptr), tl.load(jobs_ptr + 1).to(tl.int32)
+    if tl.load(opened_ptr + instance) == 0:
+        return
+    c = tl.arange(0, P)
+    partial_ptr += instance * SHARES * (3 * C)
+    counts, sums = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
+    for start in range(0, shares, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        where, inside = partial_ptr + (i * (3 * C))[:, None] + c[None, :], (i < shares)[:, None] & (c < C)[None, :]
+        counts += tl.sum(tl.load(where, mask=inside, other=0.0), 0)
+        sums += tl.sum(tl.load(where + C, mask=inside, other=0.0), 0)
+    counts = tl.maximum(counts, 1.0)
+    mean, squares = sums / counts, tl.zeros([P], tl.float32)
+    for start in range(0, shares, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        where, inside = partial_ptr + (i * (3 * C))[:, None] + c[None, :], (i < shares)[:, None] & (c < C)[None, :]
+        count = tl.load(where, mask=inside, other=0.0)
+        away = tl.load(where + C, mask=inside, other=0.0) / tl.maximum(count, 1.0) - mean[None, :]
+        squares += tl.sum(tl.load(where + 2 * C, mask=inside, other=0.0) + away * away * count, 0)
+    where = instance * C + c
+    tl.store(mean_ptr + where, mean, mask=c < C)
+    tl.store(inverse_ptr + where, 1.0 / tl.sqrt(squares / counts + EPSILON), mask=c < C)
+    tl.store(variance_ptr + where, squares / tl.maximum(counts - 1, 1.0), mask=c < C)
+
+
+def merge_statistics(
+    partial: Tensor, statistics: dict[str, Tensor], opened: Tensor, jobs: Tensor, shares: int, c: int
+):  # fmt: skip
+    """statistics: mean_ptr, inverse_ptr, variance_ptr. jobs: (instance, its shares) a row; shares: place for
+    so many."""
+    tensors = {"partial_ptr": partial, **statistics, "opened_ptr": opened, "jobs_ptr": jobs}
+    launch(
+        merge_statistics_kernel, (len(jobs),), tensors, 0, SHARES=shares, EPSILON=EPSILON, C=c, P=padded(c),
+        BLOCK=max(1, tuning.KNOBS["merged"] // padded(c)), num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def leave_sums(partial_ptr, a, b, job, c, mask, C: tl.constexpr):
+    """Leaves a tile's share of two sums over a job's rows in partial[job, tile]. merge_sums is to follow."""
+    partial_ptr += (job.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (2 * C) + c
+    tl.store(partial_ptr, a, mask=mask)
+    tl.store(partial_ptr + C, b, mask=mask)
+
+
+@kernel
+def merge_sums_kernel(
+    partial_ptr, sums_ptr, opened_ptr, jobs_ptr, SHARES, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (jobs, 2). A job: row of the first of its two sums, instance, without which it has none."""
+    job, which = tl.program_id(0), tl.program_id(1)
+    if tl.load(opened_ptr + tl.load(jobs_ptr + job * 2 + 1)) == 0:
+        return
+    c = tl.arange(0, P)
+    partial_ptr += job.to(tl.int64) * SHARES * (2 * C) + which * C
+    total = tl.zeros([P], tl.float32)
+    for start in range(0, SHARES, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = (i < SHARES)[:, None] & (c < C)[None, :]
+        total += tl.sum(tl.load(partial_ptr + (i * (2 * C))[:, None] + c[None, :], mask=inside, other=0.0), 0)
+    tl.store(sums_ptr + (tl.load(jobs_ptr + job * 2) + which) * C + c, total, mask=c < C)
+
+
+def merge_sums(partial: Tensor, sums: Tensor, opened: Tensor, jobs: Tensor, shares: int, c: int):
+    tensors = {"partial_ptr": partial, "sums_ptr": sums, "opened_ptr": opened, "jobs_ptr": jobs}
+    launch(
+        merge_sums_kernel, (len(jobs), 2), tensors, 0, SHARES=shares, C=c, P=padded(c),
+        BLOCK=max(1, tuning.KNOBS["merged"] // padded(c)), num_warps=8,
     )  # fmt: skip

@@ -3,9 +3,9 @@
 Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``); the others are chosen by what fits.
 """
 
-# block: rows of a map in a program; all kernels that leave partial sums of a cell cut its maps alike. programs: that a
-# sum over all rows is cut into.
-KNOBS = {"block": 128, "programs": 1024}
+# block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
+# channels, that a program adds up at a time.
+KNOBS = {"block": 128, "programs": 1024, "merged": 4096}
 
 
 def block() -> int:
@@ -51,7 +51,7 @@ def convolution(wide_in: int, wide_out: int, precision: str, size: int, training
     return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 1}
 
 
-def data_gradient(wide_in: int, wide_out: int, stride: int, normalize: bool, precision: str, size: int) -> dict:
+def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size: int) -> dict:
     # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
     columns, exact = min(wide_in, 64), size == 4 and precision == "ieee"
     warps, stages, k = 8 if columns == 64 or (exact and wide_out >= 128) else 4, 1, 32 if size == 2 else 16
@@ -60,7 +60,7 @@ def data_gradient(wide_in: int, wide_out: int, stride: int, normalize: bool, pre
     elif size == 2 and columns <= 16:
         k, warps = 16, 4 if wide_in == 8 and wide_out == 32 else 2
     elif exact and columns == 16:  # here and below, other numbers of warps spill
-        warps = 8 if normalize or wide_out > 16 else 4
+        warps = 8 if wide_out > 16 else 4
     elif size == 4 and not exact and wide_out == 8:
         warps = 8
     whole = 16 <= wide_out <= k and stages == 1
@@ -75,6 +75,37 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
         "BLOCK": 128 if size == 2 else 32 if exact or wide_in == wide_out == 32 else 64,
         "BLOCK_K": max(16, min(128, max(wide_in, sums // wide_out))), "num_warps": 8 if size == 4 else 4,
         "num_stages": 1,
+    }  # fmt: skip
+
+
+def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
+    """Of stages of stride 1 (rows.py). wide: channels of a slice, columns: of all edges of a job; powers of two."""
+    exact = size == 4 and precision == "ieee"
+    if exact or columns > 128:
+        block, tall = (32, 1) if columns > 64 else (32, 2)
+    else:
+        block, tall = (64, 4) if columns <= 32 else (32, 4) if columns <= 64 else (32, 2)
+    return {
+        "BLOCK": block, "TALL": tall, "WIDE": min(32, max(16, wide)), "num_warps": 4 if exact or columns > 32 else 2,
+        "num_stages": 1,
+    }  # fmt: skip
+
+
+def rows_data_gradient(wide: int, summed: int, precision: str, size: int) -> dict:
+    """summed: channels that a product sums over, of all edges of a segment."""
+    exact = size == 4 and precision == "ieee"
+    columns = min(wide, 64)
+    return {
+        "BLOCK": 32 if exact else 64, "TALL": 2 if exact else 4, "WIDE": min(16 if exact else 32, max(16, summed)),
+        "COLUMNS": columns, "num_warps": 4 if exact or columns > 32 else 2, "num_stages": 1,
+    }  # fmt: skip
+
+
+def rows_weight_gradient(wide: int, columns: int, precision: str, size: int) -> dict:
+    exact = size == 4 and precision == "ieee"
+    return {
+        "BLOCK": 32 if exact else 64, "TALL": 2 if exact or columns > 32 else 4, "WIDE": min(32, max(16, wide)),
+        "num_warps": 1 if columns <= 16 else 2 if columns <= 32 else 4, "num_stages": 1,
     }  # fmt: skip
 
 

@@ -1,0 +1,456 @@
+"""Convolutions of stride 1 as matrix products over blocks of rows: what is loaded serves outputs above and below it.
+
+The kernels of convolution.py load an element once a tap, and so are bound by the first-level cache and shared memory.
+Here a program has outputs in TALL rows, one under the other, of BLOCK columns (of several images, side by side), and
+for each column of taps loads the rows that any of its outputs needs: of a 5x5 convolution 8 for 4 rows of outputs in
+place of 20. Where an element lies is counted once a column of taps; a row is a distance from there.
+
+Jobs and segments are those of convolution.py. Their taps are a square of side 3 or 5, of dilation 1 or 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .convolution import TRITON_DTYPE, activate, open_edges, tap_and_channel
+from .launch import dot_options, kernel, launch, padded, pieces
+from .statistics import leave_statistics, leave_sums
+
+
+@triton.jit
+def _place(tile, IMAGES, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr):
+    """Of a tile: its first row, and the image, x and whether there is one, of its columns."""
+    blocks: tl.constexpr = (H + TALL - 1) // TALL
+    i = tile // blocks * BLOCK + tl.arange(0, BLOCK)
+    return tile % blocks * TALL, i // W, i % W, i < IMAGES * W
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr):
+    totals = ()
+    for _ in tl.static_range(TALL):
+        totals = totals + (tl.zeros([BLOCK, COLUMNS], tl.float32),)
+    return totals
+
+
+@triton.jit
+def _row(pointer, mask, y, H: tl.constexpr, DISTANCE: tl.constexpr, i: tl.constexpr, OTHER: tl.constexpr):
+    return tl.load(pointer + i * DISTANCE, mask=mask & (y + i >= 0) & (y + i < H), other=OTHER)
+
+
+@triton.jit
+def _products(
+    totals, weights, pointer, mask, y, mean, inverse, H: tl.constexpr, DISTANCE: tl.constexpr, SIDE: tl.constexpr,
+    DILATION: tl.constexpr, TALL: tl.constexpr, ACTIVATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """totals with the products of one column of taps added. pointer: to what the first output's first tap reads, in row
+    y. The next row is loaded before the products of one."""
+    LOADED: tl.constexpr = TALL + DILATION * (SIDE - 1)
+    OTHER: tl.constexpr = float("-inf") if ACTIVATE else 0.0
+    ahead = _row(pointer, mask, y, H, DISTANCE, 0, OTHER)
+    for i in tl.static_range(LOADED):
+        values = ahead
+        if i + 1 < LOADED:
+            ahead = _row(pointer, mask, y, H, DISTANCE, i + 1, OTHER)
+        if ACTIVATE:
+            values = activate(values, mean, inverse, NORMALIZE, DTYPE)
+        values = values.to(DTYPE)
+        changed = ()
+        for r in tl.static_range(TALL):
+            total = totals[r]
+            if i >= r and (i - r) % DILATION == 0 and (i - r) // DILATION < SIDE:
+                total = tl.dot(values, weights[(i - r) // DILATION], total, input_precision=PRECISION)
+            changed = changed + (total,)
+        totals = changed
+    return totals
+
+
+@triton.jit
+def _forward(
+    totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H: tl.constexpr,
+    W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, C: tl.constexpr,
+    EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
+    column = tl.arange(0, EDGES * P)
+    e, co = column // P, column % P
+    kept = (((opened >> e) & 1) != 0) & (co < C)
+    base = ((n * H + y - PAD) * W + x) * X_ROW
+    for chunk in range(0, (SIDE * P + WIDE - 1) // WIDE):
+        kx, ci = tap_and_channel(chunk, P, WIDE)
+        dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
+        mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
+        mean, inverse = 0.0, 1.0
+        if NORMALIZE:
+            mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)
+            inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)
+        weights = ()
+        for ky in tl.static_range(SIDE):
+            where = (((ky * SIDE + kx) * C + ci) * C)[:, None] + (e * weight_edge + co)[None, :]
+            loaded = tl.load(weight_ptr + where, mask=fits[:, None] & kept[None, :], other=0.0)
+            weights = weights + (loaded.to(DTYPE),)
+        totals = _products(
+            totals, weights, x_ptr + base[:, None] + (dx * X_ROW + ci)[None, :], mask, y - PAD, mean, inverse, H,
+            W * X_ROW, SIDE, DILATION, TALL, True, NORMALIZE, PRECISION, DTYPE,
+        )  # fmt: skip
+    return totals
+
+
+@triton.jit
+def _across(x, dx, W: tl.constexpr):
+    """Whether there is a pixel at x + dx."""
+    return (x[:, None] + dx[None, :]).to(tl.uint32, bitcast=True) < W
+
+
+@kernel
+def rows_fwd_kernel(
+    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr,
+    W: tl.constexpr, EDGE, SHARES, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
+    NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As convolve_fwd_kernel."""
+    tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
+    side, dilation = tl.load(jobs_ptr + 4).to(tl.int32), tl.load(jobs_ptr + 5).to(tl.int32)
+    first, edges = tl.load(jobs_ptr + 8).to(tl.int32), tl.load(jobs_ptr + 10).to(tl.int32)
+    opened = open_edges(opened_ptr, first, edges, EDGES)
+    if opened == 0:
+        return
+    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
+    weight_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
+    weight_edge = tl.multiple_of(tl.load(jobs_ptr + 2).to(tl.int32), 8)
+    out_ptr += tl.multiple_of(tl.load(jobs_ptr + 9), 8)
+    row = tl.load(jobs_ptr + 11).to(tl.int32)
+    mean_ptr, inverse_ptr = mean_ptr + row * C, inverse_ptr + row * C
+
+    y, n, x, inside = _place(tile, IMAGES, H, W, BLOCK, TALL)
+    totals = _zeros(BLOCK, EDGES * P, TALL)
+    if side == 3:
+        if dilation == 1:
+            totals = _forward(
+                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 3, 1,
+                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+        else:
+            totals = _forward(
+                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 3, 2,
+                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+    else:
+        if dilation == 1:
+            totals = _forward(
+                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 5, 1,
+                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+        else:
+            totals = _forward(
+                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 5, 2,
+                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+
+    column = tl.arange(0, EDGES * P)
+    e, co = column // P, column % P
+    kept = (((opened >> e) & 1) != 0) & (co < C)
+    where = e.to(tl.int64)[None, :] * EDGE + ((n * H + y) * W + x).to(tl.int64)[:, None] * OUT_ROW + co[None, :]
+    sums = tl.zeros([EDGES * P], tl.float32)
+    for r in tl.static_range(TALL):
+        stored = totals[r].to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + where + r * W * OUT_ROW, stored, mask=(inside & (y + r < H))[:, None] & kept[None, :])
+        if STATISTICS:  # of what was stored, rounding included
+            sums += tl.sum(tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0), 0)
+    if STATISTICS:
+        count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(H - y, TALL)).to(tl.float32)
+        squares = tl.zeros([EDGES * P], tl.float32)
+        for r in tl.static_range(TALL):
+            away = totals[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (sums / count)[None, :]
+            away = tl.where((inside & (y + r < H))[:, None], away, 0.0)
+            squares += tl.sum(away * away, 0)
+        leave_statistics(partial_ptr, tile, count, sums, squares, first + e, co, kept, SHARES, C)
+
+
+@triton.jit
+def _backward(
+    totals, d_ptr, weight_ptr, weight_edge, EDGE, opened, y, n, x, inside, ci, H: tl.constexpr, W: tl.constexpr,
+    SIDE: tl.constexpr, DILATION: tl.constexpr, D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
+    P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What is convolved lies mirrored: a pixel's gradient comes from the outputs that it is a tap of."""
+    PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
+    base = ((n * H + y - PAD) * W + x) * D_ROW
+    for chunk in range(0, (SIDE * EDGES * P + WIDE - 1) // WIDE):
+        kx, column = tap_and_channel(chunk, EDGES * P, WIDE)
+        dx = PAD - kx * DILATION
+        if EDGES == 1:  # said apart: behind a division by the width the compiler sees no run of channels
+            co, inner, weight_inner = column, column, column
+            fits = (kx < SIDE) & (co < C)
+        else:
+            e, co = column // P, column % P
+            inner, weight_inner = e.to(tl.int64) * EDGE + co, e * weight_edge + co
+            fits = (kx < SIDE) & (((opened >> e) & 1) != 0) & (co < C)
+        mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
+        weights = ()
+        for ky in tl.static_range(SIDE):
+            where = (weight_inner + ((SIDE - 1 - ky) * SIDE + kx) * (C * C))[:, None] + (ci * C)[None, :]
+            loaded = tl.load(weight_ptr + where, mask=fits[:, None] & (ci < C)[None, :], other=0.0)
+            weights = weights + (loaded.to(DTYPE),)
+        totals = _products(
+            totals, weights, d_ptr + base[:, None] + (dx * D_ROW + inner)[None, :], mask, y - PAD, 0.0, 1.0, H,
+            W * D_ROW, SIDE, DILATION, TALL, False, False, PRECISION, DTYPE,
+        )  # fmt: skip
+    return totals
+
+
+@kernel
+def rows_dgrad_kernel(
+    d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, segments_ptr, IMAGES,
+    H: tl.constexpr, W: tl.constexpr, EDGE, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr,
+    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As convolve_dgrad_kernel. With NORMALIZE, x is normalized by a job's row of the statistics, and shares of sum dx
+    and sum dx * x are left in partial."""
+    tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
+    start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
+    y, n, x, inside = _place(tile, IMAGES, H, W, BLOCK, TALL)
+    ci = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    totals = _zeros(BLOCK, COLUMNS, TALL)
+    any_open = 0
+    for s in range(start, start + count):
+        segment = segments_ptr + s * 10
+        opened = open_edges(opened_ptr, tl.load(segment + 1).to(tl.int32), tl.load(segment + 2).to(tl.int32), EDGES)
+        any_open += opened
+        if opened != 0:
+            d = d_ptr + tl.multiple_of(tl.load(segment), 8)
+            weight = weight_ptr + tl.multiple_of(tl.load(segment + 3), 8)
+            weight_edge = tl.multiple_of(tl.load(segment + 4).to(tl.int32), 8)
+            side, dilation = tl.load(segment + 6).to(tl.int32), tl.load(segment + 7).to(tl.int32)
+            if side == 3:
+                if dilation == 1:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 3, 1, D_ROW, C, EDGES,
+                        P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+                else:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 3, 2, D_ROW, C, EDGES,
+                        P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+            else:
+                if dilation == 1:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 5, 1, D_ROW, C, EDGES,
+                        P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+                else:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 5, 2, D_ROW, C, EDGES,
+                        P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+
+    if NORMALIZE:
+        if any_open == 0:
+            return  # and nobody asks for dx
+    place = ((n * H + y) * W + x).to(tl.int64)[:, None]
+    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
+    dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
+    if NORMALIZE:
+        row = tl.load(jobs_ptr + 4).to(tl.int32)
+        mean = tl.load(mean_ptr + row * C + ci, mask=ci < C, other=0.0)
+        inverse = tl.load(inverse_ptr + row * C + ci, mask=ci < C, other=1.0)
+    sum_d, sum_dx = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    for r in tl.static_range(TALL):
+        mask = (inside & (y + r < H))[:, None] & (ci < C)[None, :]
+        value = tl.load(x_ptr + (place + r * W) * X_ROW + ci[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            value = value * inverse[None, :] - (mean * inverse)[None, :]
+        out = tl.where(mask & (value > 0), totals[r], 0.0)
+        tl.store(dx_ptr + (place + r * W) * DX_ROW + ci[None, :], out.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NORMALIZE:
+            sum_d += tl.sum(out, 0)
+            sum_dx += tl.sum(out * value, 0)
+    if NORMALIZE:
+        leave_sums(partial_ptr, sum_d, sum_dx, tl.program_id(1), ci, ci < C, C)
+
+
+@triton.jit
+def _gradients(
+    x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H: tl.constexpr,
+    W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr,
+    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Of the weights of a chunk of columns of taps: a row of inputs meets all rows of outputs that it is a tap of."""
+    PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
+    kx, ci = tap_and_channel(chunk, P, WIDE)
+    dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
+    column = tl.arange(0, EDGES * P)
+    e, co = column // P, column % P
+    kept = (((opened >> e) & 1) != 0) & (co < C)
+    mean, inverse = 0.0, 1.0
+    if NORMALIZE:
+        mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)
+        inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)
+    totals = _zeros(EDGES * P, WIDE, SIDE)
+    blocks: tl.constexpr = (H + TALL - 1) // TALL
+    tiles = tl.where(opened != 0, tl.cdiv(IMAGES * W, BLOCK) * blocks, 0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        y, n, x, inside = _place(tile, IMAGES, H, W, BLOCK, TALL)
+        place = (n * H + y) * W + x
+        where = d_ptr + e.to(tl.int64)[None, :] * EDGE + (place * D_ROW)[:, None] + co[None, :]
+        ds = ()
+        for r in tl.static_range(TALL):
+            mask = (inside & (y + r < H))[:, None] & kept[None, :]
+            ds = ds + (tl.load(where + r * W * D_ROW, mask=mask, other=0.0).to(DTYPE),)
+        mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
+        pointer = x_ptr + ((place - PAD * W) * X_ROW)[:, None] + (dx * X_ROW + ci)[None, :]
+        ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, 0, float("-inf"))
+        for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
+            values = ahead
+            if i + 1 < TALL + DILATION * (SIDE - 1):
+                ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, i + 1, float("-inf"))
+            values = activate(values, mean, inverse, NORMALIZE, DTYPE)
+            changed = ()
+            for ky in tl.static_range(SIDE):
+                total = totals[ky]
+                if i >= ky * DILATION and i - ky * DILATION < TALL:
+                    total = tl.dot(tl.trans(ds[i - ky * DILATION]), values, total, input_precision=PRECISION)
+                changed = changed + (total,)
+            totals = changed
+    mask = ((e < edges) & (co < C))[:, None] & fits[None, :]
+    for ky in tl.static_range(SIDE):
+        where = (e * (SIDE * SIDE * C * C) + co)[:, None] + (((ky * SIDE + kx) * C + ci) * C)[None, :]
+        tl.store(partial_ptr + where, totals[ky], mask=mask)
+
+
+@kernel
+def rows_wgrad_kernel(
+    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr, W: tl.constexpr,
+    EDGE, DISTANCE, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
+    NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As convolve_wgrad_kernel. Grid (parts of the tiles, jobs, chunks of columns of taps and input channels)."""
+    jobs_ptr += tl.program_id(1) * 11
+    chunk = tl.program_id(2)
+    side, dilation = tl.load(jobs_ptr + 5).to(tl.int32), tl.load(jobs_ptr + 6).to(tl.int32)
+    if chunk * WIDE >= side * P:
+        return
+    edges = tl.load(jobs_ptr + 3).to(tl.int32)
+    opened = open_edges(opened_ptr, tl.load(jobs_ptr + 2).to(tl.int32), edges, EDGES)
+    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
+    d_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
+    row = tl.load(jobs_ptr + 10).to(tl.int32)
+    mean_ptr, inverse_ptr = mean_ptr + row * C, inverse_ptr + row * C
+    partial_ptr += tl.program_id(0).to(tl.int64) * DISTANCE + tl.load(jobs_ptr + 9)
+    if side == 3:
+        if dilation == 1:
+            _gradients(
+                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 3, 1, X_ROW,
+                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+        else:
+            _gradients(
+                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 3, 2, X_ROW,
+                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+    else:
+        if dilation == 1:
+            _gradients(
+                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 5, 1, X_ROW,
+                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+        else:
+            _gradients(
+                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 5, 2, X_ROW,
+                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
+            )  # fmt: skip
+
+
+def rows_tiles(n: int, size: tuple[int, int], options: dict) -> int:
+    return pieces(n * size[1], options["BLOCK"]) * pieces(size[0], options["TALL"])
+
+
+def forward_options(c: int, edges: int, dtype: torch.dtype) -> dict:
+    options = dot_options(dtype)
+    return options | tuning.rows_forward(padded(c), padded(edges) * padded(c), options["PRECISION"], dtype.itemsize)
+
+
+def rows_fwd(
+    x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, normalizing: dict[str, Tensor], opened: Tensor,
+    jobs: Tensor, *, n: int, size: tuple[int, int], x_row: int, out_row: int, edge: int, shares: int, c: int,
+    edges: int, normalize: bool, training: bool, moved: float,
+) -> int:  # fmt: skip
+    """As convolve_fwd. normalizing: mean_ptr and inverse_ptr, by a row of which x is normalized."""
+    options = forward_options(c, edges, out.dtype)
+    count = rows_tiles(n, size, options)
+    tensors = {
+        "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, **normalizing, "opened_ptr": opened,
+        "jobs_ptr": jobs,
+    }  # fmt: skip
+    launch(
+        rows_fwd_kernel, (count, len(jobs)), tensors, moved, IMAGES=n, H=size[0], W=size[1], EDGE=edge, SHARES=shares,
+        X_ROW=x_row, OUT_ROW=out_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, STATISTICS=training, P=padded(c),
+        DTYPE=TRITON_DTYPE[out.dtype], **options,
+    )  # fmt: skip
+    return count
+
+
+def data_gradient_options(c: int, edges: int, dtype: torch.dtype) -> dict:
+    options, wide = dot_options(dtype), padded(edges) * padded(c)
+    return options | tuning.rows_data_gradient(padded(c), wide, options["PRECISION"], dtype.itemsize)
+
+
+def rows_dgrad(
+    d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, partial: Tensor, normalizing: dict[str, Tensor], opened: Tensor,
+    jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int], x_row: int, dx_row: int, d_row: int, edge: int,
+    c: int, edges: int, normalize: bool, moved: float,
+) -> int:  # fmt: skip
+    """As convolve_dgrad. Returns how many shares of sums a job leaves in partial, with normalize."""
+    options = data_gradient_options(c, edges, dx.dtype)
+    count = rows_tiles(n, size, options)
+    tensors = {
+        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, **normalizing,
+        "opened_ptr": opened, "jobs_ptr": jobs, "segments_ptr": segments,
+    }  # fmt: skip
+    launch(
+        rows_dgrad_kernel, (count, len(jobs), pieces(c, options["COLUMNS"])), tensors, moved, IMAGES=n, H=size[0],
+        W=size[1], EDGE=edge, X_ROW=x_row, DX_ROW=dx_row, D_ROW=d_row, C=c, EDGES=padded(edges),
+        NORMALIZE=normalize, P=padded(c), DTYPE=TRITON_DTYPE[dx.dtype], **options,
+    )  # fmt: skip
+    return count
+
+
+def _wgrad_options(c: int, edges: int, dtype: torch.dtype) -> dict:
+    options = dot_options(dtype)
+    return options | tuning.rows_weight_gradient(
+        padded(c), padded(edges) * padded(c), options["PRECISION"], dtype.itemsize
+    )
+
+
+def rows_wgrad_parts(
+    n: int, size: tuple[int, int], c: int, edges: int, side: int, jobs: int, dtype: torch.dtype
+) -> int:  # fmt: skip
+    """As convolution.wgrad_parts. side: the largest of any job."""
+    options = _wgrad_options(c, edges, dtype)
+    programs = tuning.KNOBS["programs"] * 4 // options["num_warps"]
+    chunks = pieces(side * padded(c), options["WIDE"])
+    return max(1, min(rows_tiles(n, size, options), pieces(programs, jobs * chunks)))
+
+
+def rows_wgrad(
+    d: Tensor, x: Tensor, partial: Tensor, normalizing: dict[str, Tensor], opened: Tensor, jobs: Tensor, *, n: int,
+    size: tuple[int, int], x_row: int, d_row: int, edge: int, c: int, edges: int, side: int, normalize: bool,
+    parts: int, distance: int, moved: float,
+):  # fmt: skip
+    """As convolve_wgrad."""
+    options = _wgrad_options(c, edges, x.dtype)
+    tensors = {"d_ptr": d, "x_ptr": x, "partial_ptr": partial, **normalizing, "opened_ptr": opened, "jobs_ptr": jobs}
+    launch(
+        rows_wgrad_kernel, (parts, len(jobs), pieces(side * padded(c), options["WIDE"])), tensors, moved, IMAGES=n,
+        H=size[0], W=size[1], EDGE=edge, DISTANCE=distance, X_ROW=x_row, D_ROW=d_row, C=c, EDGES=padded(edges),
+        NORMALIZE=normalize, P=padded(c), DTYPE=TRITON_DTYPE[x.dtype], **options,
+    )  # fmt: skip
