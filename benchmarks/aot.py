@@ -145,7 +145,7 @@ def specialized(launch):
             signature[name] = "i64" if abs(arguments[name]) >= 2**31 else "i32"
             if arguments[name] % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(position)
-    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    options = {key: arguments[key] for key in ("num_warps", "num_stages", "maxnreg") if key in arguments}
     job = {
         "kernel": kernel.fn.__name__, "module": kernel.fn.__module__, "signature": signature, "constants": constants,
         "aligned": aligned, "options": options,

@@ -63,7 +63,8 @@ def _reshaped(launch, options):
     """With other tiles: another grid, and a buffer for the shares that as many programs leave."""
     given = launch.arguments | options
     x, grid = launch.tensors["x_ptr"], list(launch.grid)
-    tiles = pieces(given["IMAGES"] * given["W"], given["BLOCK"]) * pieces(given["H"], given["TALL"])
+    height, width = (pieces(given[side], given.get("STRIDE", 1)) for side in "HW")
+    tiles = pieces(given["IMAGES"] * width, given["BLOCK"]) * pieces(height, given["TALL"])
     if launch.kernel.fn.__name__ == "rows_wgrad_kernel":
         grid[2] = pieces(5 * given["P"], given["WIDE"])
         grid[0] = max(1, min(tiles, pieces(4 * tuning.KNOBS["programs"] // given["num_warps"], grid[1] * grid[2])))

@@ -65,7 +65,8 @@ class Backward:
             moved = work.moved(lambda: 3 * p.m * p.c * work.count_open(job[4] for job in jobs))
             shares = rows_dgrad(
                 self.raw, work.dense, work.space, self.raw, self.partial, work.normalizing, work.opened, *tables,
-                **work.square, x_row=p.c, dx_row=p.c, d_row=p.c, edge=p.slice, edges=1, normalize=True, moved=moved,
+                **work.square, stride=1, x_row=p.c, dx_row=p.c, d_row=p.c, edge=p.slice, edges=1, normalize=True,
+                moved=moved,
             )  # fmt: skip
             self.merge(("second dgrad", group), [[job[5], job[4]] for job in jobs], shares)
             self.draw("first draw", group, lambda: p.first_draw_jobs(group), self.raw, p.m)
@@ -78,18 +79,12 @@ class Backward:
                 opened = [work.count_open(range(s[1], s[1] + s[2])) for s in segments]
                 return p.c * (sum(opened) * p.m + 2 * len(jobs) * m)
 
-            maps, shape = (self.raw, work.dense, work.space, dx), work.shape(group)
-            common = {
-                "x_row": p.c, "dx_row": p.c, "d_row": p.c, "edge": p.slice, "edges": max(s[2] for s in segments),
-                "moved": work.moved(elements),
-            }  # fmt: skip
-            if shape["stride"] == 1:
-                rows_dgrad(
-                    *maps, self.partial, work.normalizing, work.opened, *tables, **work.square, **common,
-                    normalize=False,
-                )  # fmt: skip
-            else:
-                convolve_dgrad(*maps, work.opened, *tables, **shape, **common, weight_row=p.c)
+            shape = work.shape(group)
+            rows_dgrad(
+                self.raw, work.dense, work.space, dx, self.partial, work.normalizing, work.opened, *tables, n=p.n,
+                size=shape["size"], stride=shape["stride"], c=p.c, x_row=p.c, dx_row=p.c, d_row=p.c, edge=p.slice,
+                edges=max(s[2] for s in segments), normalize=False, moved=work.moved(elements),
+            )  # fmt: skip
         self.state(group, dx)
 
     def merge(self, name, jobs, shares: int):

@@ -3,8 +3,8 @@ packing.
 
 Depthwise followed by pointwise, with nothing between, is one dense convolution by depthwise * pointwise, which tensor
 cores compute for all edges that leave a state at once. The same kernels serve stages of stride 2, factorized reductions
-(two taps, (0, 0) and (1, 1), of stride 2) and preprocessing (one tap); stages of stride 1 have kernels of their own
-(rows.py).
+(two taps, (0, 0) and (1, 1), of stride 2) and preprocessing (one tap); stages of stride 1, and the gradients of what
+leaves a state at stride 2, have kernels of their own (rows.py).
 
 A *job* is one such convolution: a row of a table of int64 on the device. Its taps lie at
 

@@ -97,10 +97,10 @@ class _Dense(torch.autograd.Function):
             jobs = [[e * c_in, e * c_in, e, 1, 0, 0] for e in firsts] if own else [[0, 0, 0, len(segments), 0, 0]]
             tables = _table(jobs, x.device), _table(segments, x.device)
             moved = {"dx_row": x.shape[1], "moved": (d.numel() + 2 * x.numel()) * x.element_size()}
-            if ctx.square:
+            if ctx.square or (ctx.any_shape["stride"] == 2 and c_in == c):
                 rows_dgrad(
                     d, weight, x, d_x, none, normalizing, opened, *tables, **ctx.shape, **common, **moved,
-                    normalize=False,
+                    stride=ctx.any_shape["stride"], normalize=False,
                 )  # fmt: skip
             else:
                 convolve_dgrad(

@@ -5,7 +5,8 @@ Here a program has outputs in TALL rows, one under the other, of BLOCK columns (
 for each column of taps loads the rows that any of its outputs needs: of a 5x5 convolution 8 for 4 rows of outputs in
 place of 20. Where an element lies is counted once a column of taps; a row is a distance from there.
 
-Jobs and segments are those of convolution.py. Their taps are a square of side 3 or 5, of dilation 1 or 2.
+Jobs and segments are those of convolution.py. Their taps are a square of side 3 or 5, of dilation 1 or 2. Gradients of
+the inputs of stages of stride 2 and of factorized reductions are here as well.
 """
 
 import torch
@@ -49,7 +50,7 @@ def _products(
     """totals with the products of one column of taps added. pointer: to what the first output's first tap reads, in row
     y. The next row is loaded before the products of one."""
     LOADED: tl.constexpr = TALL + DILATION * (SIDE - 1)
-    OTHER: tl.constexpr = float("-inf") if ACTIVATE else 0.0
+    OTHER: tl.constexpr = float("-inf") if NORMALIZE else 0.0  # what is 0 behind the ReLU
     ahead = _row(pointer, mask, y, H, DISTANCE, 0, OTHER)
     for i in tl.static_range(LOADED):
         values = ahead
@@ -173,33 +174,52 @@ def rows_fwd_kernel(
 
 
 @triton.jit
+def _taps(parity, taps, side, dilation, STRIDE: tl.constexpr):
+    """Along one axis, the taps through which inputs of a parity pass to outputs: how many, the last one, their
+    distance, and where, from an input's own place on, the output of the last one lies; the others follow."""
+    pad = dilation * (side - 1) // 2
+    count, last, step, low = side, side - 1, 1, -pad
+    if STRIDE == 2:
+        if taps == 2:  # of a factorized reduction, one for each parity
+            count, last, low = 1, parity, 0
+        elif dilation == 2:
+            count, low = tl.where(parity == 0, side, 0), -(side // 2)
+        else:
+            first = (parity + pad) % 2
+            count, step = (side - first + 1) // 2, 2
+            last, low = first + 2 * (count - 1), (parity + pad - first) // 2 - (count - 1)
+    return count, last, step, low
+
+
+@triton.jit
 def _backward(
-    totals, d_ptr, weight_ptr, weight_edge, EDGE, opened, y, n, x, inside, ci, H: tl.constexpr, W: tl.constexpr,
-    SIDE: tl.constexpr, DILATION: tl.constexpr, D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
-    P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    totals, d_ptr, weight_ptr, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count, x_last, x_step,
+    x_low, side, OH: tl.constexpr, OW: tl.constexpr, COUNT: tl.constexpr, DILATION: tl.constexpr, D_ROW: tl.constexpr,
+    C: tl.constexpr, EDGES: tl.constexpr, P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What is convolved lies mirrored: a pixel's gradient comes from the outputs that it is a tap of."""
-    PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
-    base = ((n * H + y - PAD) * W + x) * D_ROW
-    for chunk in range(0, (SIDE * EDGES * P + WIDE - 1) // WIDE):
-        kx, column = tap_and_channel(chunk, EDGES * P, WIDE)
-        dx = PAD - kx * DILATION
+    """What is convolved lies mirrored: an input's gradient comes from the outputs that it is a tap of. See _taps."""
+    base = ((n * OH + y + low) * OW + x) * D_ROW
+    for chunk in range(0, tl.cdiv(x_count * EDGES * P, WIDE)):
+        tap, column = tap_and_channel(chunk, EDGES * P, WIDE)
+        dx = x_low + tap * DILATION
         if EDGES == 1:  # said apart: behind a division by the width the compiler sees no run of channels
             co, inner, weight_inner = column, column, column
-            fits = (kx < SIDE) & (co < C)
+            fits = (tap < x_count) & (co < C)
         else:
             e, co = column // P, column % P
             inner, weight_inner = e.to(tl.int64) * EDGE + co, e * weight_edge + co
-            fits = (kx < SIDE) & (((opened >> e) & 1) != 0) & (co < C)
-        mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
+            fits = (tap < x_count) & (((opened >> e) & 1) != 0) & (co < C)
+        mask = inside[:, None] & fits[None, :] & _across(x, dx, OW)
         weights = ()
-        for ky in tl.static_range(SIDE):
-            where = (weight_inner + ((SIDE - 1 - ky) * SIDE + kx) * (C * C))[:, None] + (ci * C)[None, :]
+        for ky in tl.static_range(COUNT):
+            place = (last - ky * step) * side + x_last - tap * x_step
+            where = (weight_inner + place * (C * C))[:, None] + (ci * C)[None, :]
             loaded = tl.load(weight_ptr + where, mask=fits[:, None] & (ci < C)[None, :], other=0.0)
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
-            totals, weights, d_ptr + base[:, None] + (dx * D_ROW + inner)[None, :], mask, y - PAD, 0.0, 1.0, H,
-            W * D_ROW, SIDE, DILATION, TALL, False, False, PRECISION, DTYPE,
+            totals, weights, d_ptr + base[:, None] + (dx * D_ROW + inner)[None, :], mask, y + low, 0.0, 1.0, OH,
+            OW * D_ROW, COUNT, DILATION, TALL, False, False, PRECISION, DTYPE,
         )  # fmt: skip
     return totals
 
@@ -207,54 +227,80 @@ def _backward(
 @kernel
 def rows_dgrad_kernel(
     d_ptr, weight_ptr, x_ptr, dx_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, segments_ptr, IMAGES,
-    H: tl.constexpr, W: tl.constexpr, EDGE, X_ROW: tl.constexpr, DX_ROW: tl.constexpr, D_ROW: tl.constexpr,
-    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr,
+    D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """As convolve_dgrad_kernel. With NORMALIZE, x is normalized by a job's row of the statistics, and shares of sum dx
-    and sum dx * x are left in partial."""
+    """As convolve_dgrad_kernel. Grid (tiles, jobs, blocks of channels, with STRIDE 2 of each of four parities): inputs
+    that lie at even or odd y and x are each a map of the outputs' size, of fewer taps of stride 1. With NORMALIZE, x is
+    normalized by a job's row of the statistics, and shares of sum dx and sum dx * x are left in partial."""
+    OH: tl.constexpr = (H + STRIDE - 1) // STRIDE
+    OW: tl.constexpr = (W + STRIDE - 1) // STRIDE
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
     start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
-    y, n, x, inside = _place(tile, IMAGES, H, W, BLOCK, TALL)
-    ci = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    y, n, x, inside = _place(tile, IMAGES, OH, OW, BLOCK, TALL)
+    y_parity, x_parity = 0, 0
+    if STRIDE == 2:
+        y_parity, x_parity = tl.program_id(2) // 2 % 2, tl.program_id(2) % 2
+    ci = tl.program_id(2) // (STRIDE * STRIDE) * COLUMNS + tl.arange(0, COLUMNS)
     totals = _zeros(BLOCK, COLUMNS, TALL)
     any_open = 0
     for s in range(start, start + count):
         segment = segments_ptr + s * 10
         opened = open_edges(opened_ptr, tl.load(segment + 1).to(tl.int32), tl.load(segment + 2).to(tl.int32), EDGES)
         any_open += opened
-        if opened != 0:
+        taps, side = tl.load(segment + 5).to(tl.int32), tl.load(segment + 6).to(tl.int32)
+        dilation = tl.load(segment + 7).to(tl.int32)
+        y_count, last, step, low = _taps(y_parity, taps, side, dilation, STRIDE)
+        x_count, x_last, x_step, x_low = _taps(x_parity, taps, side, dilation, STRIDE)
+        if taps == 2:
+            x_count, x_last = tl.where(y_parity == x_parity, 1, 0), 0
+        if (opened != 0) & (y_count > 0) & (x_count > 0):
             d = d_ptr + tl.multiple_of(tl.load(segment), 8)
             weight = weight_ptr + tl.multiple_of(tl.load(segment + 3), 8)
             weight_edge = tl.multiple_of(tl.load(segment + 4).to(tl.int32), 8)
-            side, dilation = tl.load(segment + 6).to(tl.int32), tl.load(segment + 7).to(tl.int32)
-            if side == 3:
+            if STRIDE == 2:
+                dilation = 1  # of the outputs that an input passes to
+            if y_count == 3:
                 if dilation == 1:
                     totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 3, 1, D_ROW, C, EDGES,
-                        P, TALL, WIDE, PRECISION, DTYPE,
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
+                        x_last, x_step, x_low, side, OH, OW, 3, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+                elif STRIDE == 1:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
+                        x_last, x_step, x_low, side, OH, OW, 3, 2, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+            elif y_count == 5:
+                if dilation == 1:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
+                        x_last, x_step, x_low, side, OH, OW, 5, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+                elif STRIDE == 1:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
+                        x_last, x_step, x_low, side, OH, OW, 5, 2, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
+                    )  # fmt: skip
+            elif STRIDE == 2:
+                if y_count == 2:
+                    totals = _backward(
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
+                        x_last, x_step, x_low, side, OH, OW, 2, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
                     )  # fmt: skip
                 else:
                     totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 3, 2, D_ROW, C, EDGES,
-                        P, TALL, WIDE, PRECISION, DTYPE,
-                    )  # fmt: skip
-            else:
-                if dilation == 1:
-                    totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 5, 1, D_ROW, C, EDGES,
-                        P, TALL, WIDE, PRECISION, DTYPE,
-                    )  # fmt: skip
-                else:
-                    totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, H, W, 5, 2, D_ROW, C, EDGES,
-                        P, TALL, WIDE, PRECISION, DTYPE,
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
+                        x_last, x_step, x_low, side, OH, OW, 1, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
                     )  # fmt: skip
 
     if NORMALIZE:
         if any_open == 0:
             return  # and nobody asks for dx
-    place = ((n * H + y) * W + x).to(tl.int64)[:, None]
+    y, x = y * STRIDE + y_parity, x * STRIDE + x_parity
+    place, inside = ((n * H + y) * W + x).to(tl.int64)[:, None], inside & (x < W)
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     if NORMALIZE:
@@ -263,12 +309,13 @@ def rows_dgrad_kernel(
         inverse = tl.load(inverse_ptr + row * C + ci, mask=ci < C, other=1.0)
     sum_d, sum_dx = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for r in tl.static_range(TALL):
-        mask = (inside & (y + r < H))[:, None] & (ci < C)[None, :]
-        value = tl.load(x_ptr + (place + r * W) * X_ROW + ci[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = (inside & (y + r * STRIDE < H))[:, None] & (ci < C)[None, :]
+        value = tl.load(x_ptr + (place + r * STRIDE * W) * X_ROW + ci[None, :], mask=mask, other=0.0).to(tl.float32)
         if NORMALIZE:
             value = value * inverse[None, :] - (mean * inverse)[None, :]
         out = tl.where(mask & (value > 0), totals[r], 0.0)
-        tl.store(dx_ptr + (place + r * W) * DX_ROW + ci[None, :], out.to(dx_ptr.dtype.element_ty), mask=mask)
+        where = (place + r * STRIDE * W) * DX_ROW + ci[None, :]
+        tl.store(dx_ptr + where, out.to(dx_ptr.dtype.element_ty), mask=mask)
         if NORMALIZE:
             sum_d += tl.sum(out, 0)
             sum_dx += tl.sum(out * value, 0)
@@ -294,7 +341,10 @@ def _gradients(
     if NORMALIZE:
         mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)
         inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)
-    totals = _zeros(EDGES * P, WIDE, SIDE)
+    OTHER: tl.constexpr = float("-inf") if NORMALIZE else 0.0
+    # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
+    SWAP: tl.constexpr = EDGES * P >= 64
+    totals = _zeros(EDGES * P if SWAP else WIDE, WIDE if SWAP else EDGES * P, SIDE)
     blocks: tl.constexpr = (H + TALL - 1) // TALL
     tiles = tl.where(opened != 0, tl.cdiv(IMAGES * W, BLOCK) * blocks, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -307,23 +357,29 @@ def _gradients(
             ds = ds + (tl.load(where + r * W * D_ROW, mask=mask, other=0.0).to(DTYPE),)
         mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
         pointer = x_ptr + ((place - PAD * W) * X_ROW)[:, None] + (dx * X_ROW + ci)[None, :]
-        ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, 0, float("-inf"))
+        ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, 0, OTHER)
         for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
             values = ahead
             if i + 1 < TALL + DILATION * (SIDE - 1):
-                ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, i + 1, float("-inf"))
+                ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, i + 1, OTHER)
             values = activate(values, mean, inverse, NORMALIZE, DTYPE)
             changed = ()
             for ky in tl.static_range(SIDE):
                 total = totals[ky]
                 if i >= ky * DILATION and i - ky * DILATION < TALL:
-                    total = tl.dot(tl.trans(ds[i - ky * DILATION]), values, total, input_precision=PRECISION)
+                    d = ds[i - ky * DILATION]
+                    if SWAP:
+                        total = tl.dot(tl.trans(d), values, total, input_precision=PRECISION)
+                    else:
+                        total = tl.dot(tl.trans(values), d, total, input_precision=PRECISION)
                 changed = changed + (total,)
             totals = changed
-    mask = ((e < edges) & (co < C))[:, None] & fits[None, :]
+    outputs, inputs = e * (SIDE * SIDE * C * C) + co, (kx * C + ci) * C
+    real = (e < edges) & (co < C)
+    where = outputs[:, None] + inputs[None, :] if SWAP else inputs[:, None] + outputs[None, :]
+    mask = real[:, None] & fits[None, :] if SWAP else fits[:, None] & real[None, :]
     for ky in tl.static_range(SIDE):
-        where = (e * (SIDE * SIDE * C * C) + co)[:, None] + (((ky * SIDE + kx) * C + ci) * C)[None, :]
-        tl.store(partial_ptr + where, totals[ky], mask=mask)
+        tl.store(partial_ptr + where + ky * SIDE * C * C, totals[ky], mask=mask)
 
 
 @kernel
@@ -406,20 +462,23 @@ def data_gradient_options(c: int, edges: int, dtype: torch.dtype) -> dict:
 
 def rows_dgrad(
     d: Tensor, weight: Tensor, x: Tensor, dx: Tensor, partial: Tensor, normalizing: dict[str, Tensor], opened: Tensor,
-    jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int], x_row: int, dx_row: int, d_row: int, edge: int,
-    c: int, edges: int, normalize: bool, moved: float,
+    jobs: Tensor, segments: Tensor, *, n: int, size: tuple[int, int], stride: int, x_row: int, dx_row: int, d_row: int,
+    edge: int, c: int, edges: int, normalize: bool, moved: float,
 ) -> int:  # fmt: skip
-    """As convolve_dgrad. Returns how many shares of sums a job leaves in partial, with normalize."""
+    """As convolve_dgrad, of stride 2 too. size: of x. Returns how many shares of sums a job leaves in partial, with
+    normalize."""
+    edges = edges if normalize else max(edges, 2)  # alone, one would be a kernel of its own, and spill
     options = data_gradient_options(c, edges, dx.dtype)
-    count = rows_tiles(n, size, options)
+    count = rows_tiles(n, tuple(pieces(side, stride) for side in size), options)
     tensors = {
         "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, **normalizing,
         "opened_ptr": opened, "jobs_ptr": jobs, "segments_ptr": segments,
     }  # fmt: skip
+    grid = count, len(jobs), stride * stride * pieces(c, options["COLUMNS"])
     launch(
-        rows_dgrad_kernel, (count, len(jobs), pieces(c, options["COLUMNS"])), tensors, moved, IMAGES=n, H=size[0],
-        W=size[1], EDGE=edge, X_ROW=x_row, DX_ROW=dx_row, D_ROW=d_row, C=c, EDGES=padded(edges),
-        NORMALIZE=normalize, P=padded(c), DTYPE=TRITON_DTYPE[dx.dtype], **options,
+        rows_dgrad_kernel, grid, tensors, moved, IMAGES=n, H=size[0], W=size[1], EDGE=edge, STRIDE=stride, X_ROW=x_row,
+        DX_ROW=dx_row, D_ROW=d_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, P=padded(c),
+        DTYPE=TRITON_DTYPE[dx.dtype], **options,
     )  # fmt: skip
     return count
 

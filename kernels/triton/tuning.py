@@ -78,35 +78,60 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
     }  # fmt: skip
 
 
+# --- Of the kernels of rows.py: BLOCK columns and TALL rows of a map, WIDE elements of a pixel at a time. Chosen by
+# what the compiler made of them: instructions and passes through the first-level cache for each product, warps that fit
+# (maxnreg, which the compiler would else choose, and spill), no spills; to be timed.
+
+
+def _rows(block: int, tall: int, wide: int, warps: int, registers: int = 255) -> dict:
+    return {"BLOCK": block, "TALL": tall, "WIDE": wide, "num_warps": warps, "num_stages": 1, "maxnreg": registers}
+
+
 def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
-    """Of stages of stride 1 (rows.py). wide: channels of a slice, columns: of all edges of a job; powers of two."""
-    exact = size == 4 and precision == "ieee"
-    if exact or columns > 128:
-        block, tall = (32, 1) if columns > 64 else (32, 2)
-    else:
-        block, tall = (64, 4) if columns <= 32 else (32, 4) if columns <= 64 else (32, 2)
-    return {
-        "BLOCK": block, "TALL": tall, "WIDE": min(32, max(16, wide)), "num_warps": 4 if exact or columns > 32 else 2,
-        "num_stages": 1,
-    }  # fmt: skip
+    """wide: channels of a slice, columns: of all edges of a job; powers of two."""
+    if size == 4 and precision == "ieee":
+        return _rows(32, 2 if columns <= 32 and wide < 32 else 1, 16, 4 if columns < 128 else 8)
+    if size == 4:
+        if columns <= 32 and wide < 32:
+            return _rows(32, 4 if columns <= 16 and wide == 8 else 2, 16, 2)
+        return _rows(
+            32, 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1, 16, 4 if columns < 128 else 8
+        )
+    if columns <= 32 and wide < 32:
+        tall = 4 if columns == 16 and wide == 8 else 8
+        return _rows(32, tall, 16, 2, 128 if columns == 8 else 168 if columns == 16 else 255)
+    if columns == 32:
+        return _rows(64, 4, 16, 4)
+    if columns == 64:
+        return _rows(64, 4, 16, 8) if wide == 16 else _rows(32, 2, 32, 4)
+    return _rows(64 if columns == 128 else 32, 2 if columns == 128 else 1, 32, 8)
 
 
 def rows_data_gradient(wide: int, summed: int, precision: str, size: int) -> dict:
     """summed: channels that a product sums over, of all edges of a segment."""
-    exact = size == 4 and precision == "ieee"
-    columns = min(wide, 64)
-    return {
-        "BLOCK": 32 if exact else 64, "TALL": 2 if exact else 4, "WIDE": min(16 if exact else 32, max(16, summed)),
-        "COLUMNS": columns, "num_warps": 4 if exact or columns > 32 else 2, "num_stages": 1,
-    }  # fmt: skip
+    columns = {"COLUMNS": min(wide, 64)}
+    if size == 4 and precision == "ieee":
+        return columns | _rows(32, 1 if wide == 16 or wide > 32 else 2, 16, 4)
+    if wide >= 32:
+        return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8, 168) if size == 2 else _rows(64, 2, 16, 4))
+    if wide == 8 and summed == 8:
+        return columns | _rows(64, 4, 16, 2, 168 if size == 2 else 255)
+    if size == 4:
+        return columns | _rows(32, 4, 16, 2, 128 if wide == 8 else 255)
+    registers = 128 if wide == 8 else 168 if summed == 16 else 200
+    return columns | _rows(32, 8, min(32, max(16, summed)), 2, registers)
 
 
 def rows_weight_gradient(wide: int, columns: int, precision: str, size: int) -> dict:
-    exact = size == 4 and precision == "ieee"
-    return {
-        "BLOCK": 32 if exact else 64, "TALL": 2 if exact or columns > 32 else 4, "WIDE": min(32, max(16, wide)),
-        "num_warps": 1 if columns <= 16 else 2 if columns <= 32 else 4, "num_stages": 1,
-    }  # fmt: skip
+    if size == 4 and precision == "ieee":
+        return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8)
+    if size == 4:
+        return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
+    if columns >= 64:
+        return _rows(64, 4 if wide == 16 else 2, min(32, wide), 4 if columns == 64 else 8)
+    if wide >= 32:
+        return _rows(32, 4, 32, 2)
+    return _rows(32, 4, 16, 2 if columns == 32 else 1, 128 if columns <= 16 and wide == 8 else 168)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
