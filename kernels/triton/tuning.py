@@ -79,12 +79,13 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 
 
 # --- Of the kernels of rows.py: BLOCK columns and TALL rows of a map, WIDE elements of a pixel at a time. Chosen by
-# what the compiler made of them: instructions and passes through the first-level cache for each product, warps that fit
-# (maxnreg, which the compiler would else choose, and spill), no spills; to be timed.
+# what the compiler made of them: instructions and passes through the first-level cache for each product, warps that
+# fit, no spills; to be timed. The number of registers is said where the compiler chooses fewer than it needs.
 
 
-def _rows(block: int, tall: int, wide: int, warps: int, registers: int = 255) -> dict:
-    return {"BLOCK": block, "TALL": tall, "WIDE": wide, "num_warps": warps, "num_stages": 1, "maxnreg": registers}
+def _rows(block: int, tall: int, wide: int, warps: int, registers: int | None = 255) -> dict:
+    options = {"BLOCK": block, "TALL": tall, "WIDE": wide, "num_warps": warps, "num_stages": 1}
+    return options | ({} if registers is None else {"maxnreg": registers})
 
 
 def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
@@ -98,12 +99,13 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
             32, 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1, 16, 4 if columns < 128 else 8
         )
     if columns <= 32 and wide < 32:
-        tall = 4 if columns == 16 and wide == 8 else 8
-        return _rows(32, tall, 16, 2, 128 if columns == 8 else 168 if columns == 16 else 255)
+        return _rows(
+            32, 8 if columns == wide or columns == 32 and wide == 8 else 4, 16, 2, 168 if columns == 8 else 255
+        )
     if columns == 32:
         return _rows(64, 4, 16, 4)
     if columns == 64:
-        return _rows(64, 4, 16, 8) if wide == 16 else _rows(32, 2, 32, 4)
+        return _rows(64, 2, 16, 4, None) if wide == 16 else _rows(32, 2, 32, 4)
     return _rows(64 if columns == 128 else 32, 2 if columns == 128 else 1, 32, 8)
 
 
@@ -113,13 +115,12 @@ def rows_data_gradient(wide: int, summed: int, precision: str, size: int) -> dic
     if size == 4 and precision == "ieee":
         return columns | _rows(32, 1 if wide == 16 or wide > 32 else 2, 16, 4)
     if wide >= 32:
-        return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8, 168) if size == 2 else _rows(64, 2, 16, 4))
+        return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8, None) if size == 2 else _rows(64, 2, 16, 4))
     if wide == 8 and summed == 8:
         return columns | _rows(64, 4, 16, 2, 168 if size == 2 else 255)
     if size == 4:
-        return columns | _rows(32, 4, 16, 2, 128 if wide == 8 else 255)
-    registers = 128 if wide == 8 else 168 if summed == 16 else 200
-    return columns | _rows(32, 8, min(32, max(16, summed)), 2, registers)
+        return columns | _rows(32, 4, 16, 2, 168 if wide == 8 else 255)
+    return columns | _rows(32, 8, min(32, max(16, summed)), 2, 168 if wide == 8 else None)
 
 
 def rows_weight_gradient(wide: int, columns: int, precision: str, size: int) -> dict:
