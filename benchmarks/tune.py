@@ -20,9 +20,9 @@ CANDIDATES = {
     "rows_fwd_kernel": _ROWS,
     "rows_dgrad_kernel": _ROWS,
     "rows_wgrad_kernel": _ROWS,
-    "convolve_fwd_kernel": {"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
-    "convolve_dgrad_kernel": {"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
-    "convolve_wgrad_kernel": {"BLOCK": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+    "convolve_fwd_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
+    "convolve_dgrad_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
+    "convolve_wgrad_kernel": {"BLOCK": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
     "state_bwd_kernel": {"num_warps": (2, 4, 8, 16)},
     "pool_fwd_kernel": {"num_warps": (2, 4, 8)},
     "node_fwd_kernel": {"num_warps": (2, 4, 8)},
@@ -40,7 +40,7 @@ def variants(launch) -> list:
             found.append(launch._replace(arguments=launch.arguments | chosen))
         elif _sensible(launch, **chosen):
             found.append(_reshaped(launch, chosen))
-    return found
+    return found or [launch]
 
 
 def _sensible(launch, BLOCK, TALL, WIDE, num_warps) -> bool:
@@ -48,20 +48,20 @@ def _sensible(launch, BLOCK, TALL, WIDE, num_warps) -> bool:
     name, given = launch.kernel.fn.__name__, launch.arguments
     wide, threads = max(16, given["P"]), 32 * num_warps
     columns = max(16, given["EDGES"] * given["P"])
-    if not 16 <= BLOCK // num_warps <= 64:
+    if not 16 <= BLOCK // num_warps <= 64 or given["EDGES"] == 2:  # two edges are between one and four
         return False
     if name == "rows_wgrad_kernel":
         sums, loaded = 5 * columns * WIDE / threads, TALL * BLOCK * columns / 2 / threads
-        return WIDE in (wide, 2 * wide) and 10 <= sums <= 168 and loaded <= 64 and TALL in (2, 4)
+        return WIDE in (wide, 2 * wide) and 20 <= sums <= 168 and loaded <= 64 and TALL in (2, 4)
     if name == "rows_dgrad_kernel":
         sums = TALL * BLOCK * given["P"] / threads
-        return WIDE in (min(32, columns), min(64, columns)) and TALL > 1 and 8 <= sums <= 128
-    return WIDE == wide and 16 <= TALL * BLOCK * given["EDGES"] * given["P"] / threads <= 128
+        return WIDE == min(32, columns) and TALL > 2 and 8 <= sums <= 128
+    return WIDE == wide and TALL > 1 and 32 <= TALL * BLOCK * given["EDGES"] * given["P"] / threads <= 128
 
 
 def _reshaped(launch, options):
     """With other tiles: another grid, and a buffer for the shares that as many programs leave."""
-    given = launch.arguments | options
+    given = {key: value for key, value in launch.arguments.items() if key != "maxnreg"} | options
     x, grid = launch.tensors["x_ptr"], list(launch.grid)
     height, width = (pieces(given[side], given.get("STRIDE", 1)) for side in "HW")
     tiles = pieces(given["IMAGES"] * width, given["BLOCK"]) * pieces(height, given["TALL"])
