@@ -82,7 +82,9 @@ def distinct(launches) -> dict[str, list]:
     found = {}
     for launch in launches:
         if launch.kernel.fn.__name__ in CANDIDATES:
-            told = f"{launch.kernel.fn.__name__} {launch.grid} {aot.told(aot.specialized(launch)[1])}"
+            told = f"{launch.kernel.fn.__name__} {launch.grid}"
+            if hasattr(launch.kernel, "params"):  # the interpreter's have none
+                told += f" {aot.told(aot.specialized(launch)[1])}"
             found.setdefault(told, [launch, 0])[1] += 1
     return found
 
