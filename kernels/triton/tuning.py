@@ -91,7 +91,7 @@ def _rows(block: int, tall: int, wide: int, warps: int, registers: int | None = 
 def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two."""
     if size == 4 and precision == "ieee":
-        return _rows(32, 2 if columns <= 32 and wide < 32 else 1, 16, 4 if columns < 128 else 8)
+        return _rows(32, 2 if 8 < columns <= 32 and wide < 32 else 1, 16, 4 if columns < 128 else 8)
     if size == 4:
         if columns <= 32 and wide < 32:
             return _rows(32, 4 if columns <= 16 and wide == 8 else 2, 16, 2)
@@ -113,7 +113,7 @@ def rows_data_gradient(wide: int, summed: int, precision: str, size: int) -> dic
     """summed: channels that a product sums over, of all edges of a segment."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
-        return columns | _rows(32, 1 if wide == 16 or wide > 32 else 2, 16, 4)
+        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4)
     if wide >= 32:
         return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8, None) if size == 2 else _rows(64, 2, 16, 4))
     if wide == 8 and summed == 8:
