@@ -161,13 +161,14 @@ def cell(
 @pytest.mark.parametrize("reduction", [False, True])
 @pytest.mark.parametrize("gates", [*GATES, "sampled"])
 def test_cell_with_all_gates(gates, reduction):
-    cell(gates=gates, reduction=reduction, size=(4, 4))
+    # of a reduction's 2x2 maps a channel's few values can be so alike that float32 loses digits on any back end
+    cell(gates=gates, reduction=reduction, size=(6, 6) if reduction else (4, 4))
 
 
 ALL = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
 SETTINGS = {
     "three nodes": dict(nodes=3, gates="both", size=(4, 4)),
-    "two nodes of a reduction": dict(nodes=2, reduction=True, size=(4, 4)),
+    "two nodes of a reduction": dict(nodes=2, reduction=True),
     "factorized input": dict(factorized=True),
     "factorized input of a reduction": dict(factorized=True, reduction=True),
     "K = 4": dict(channels=16, partial=4),
