@@ -116,6 +116,8 @@ class Profiler:
         config = search_config(setting, self.side)
         with torch.device("cpu"):
             model = self.prepared(search_model(replace(setting, device="cpu"), self.side, config))
+        if hasattr(self.backend, "counting"):  # on the meta device, a convolution's result is not channels_last
+            model.stem[0].register_forward_hook(lambda *given: given[2].contiguous(memory_format=torch.channels_last))
         gates = GateSampler(setting.cells, 14, mode=setting.gates).sample()
         weight_optimizer, architect = optimizers(config, model, torch.device("meta"))
 

@@ -149,9 +149,6 @@ class SuperNet(nn.Module):
             raise ValueError(f"gates must have shape {self.gate_shape} (cells, edges, paths), not {tuple(gates.shape)}")
         mixing = {kind: self.mixing_weights(kind) for kind in ("normal", "reduce")}
         first = self.stem[0](images.contiguous(memory_format=torch.channels_last))
-        first = first.contiguous(
-            memory_format=torch.channels_last
-        )  # the meta device, where steps are counted, forgets it
         states = first, self.stem[1](first)
         statistics = []
         for cell, cell_gates in zip(self.cells, gates):

@@ -70,6 +70,19 @@ def test_stage(name, c, size, stride):
     compare(stage, inputs)
 
 
+@triton_only
+@pytest.mark.parametrize("c", [8, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_stage_in_the_blocks_of_bfloat16(monkeypatch, c, stride):
+    """Blocks as they are launched with tensor cores; computed in float32, as the interpreter can."""
+    from fpdarts.kernels.triton import tuning
+
+    for name in ("rows_forward", "rows_data_gradient", "rows_weight_gradient"):
+        own = getattr(tuning, name)
+        monkeypatch.setattr(tuning, name, lambda wide, columns, *_, own=own: own(wide, columns, "ieee", 2))
+    test_stage("sep_conv_3x3", c, (6, 4), stride)
+
+
 def test_stage_of_a_slice_an_edge():
     inputs = {"x": torch.randn(2, 12, 5, 6), "depthwise": torch.randn(3, 3, 3, 4), "pointwise": torch.randn(3, 4, 4)}
     compare(lambda k, t: (kernels.stage(*t.values(), dilation=2, kernels=k),), inputs)
@@ -167,7 +180,7 @@ def test_cell_with_all_gates(gates, reduction):
 
 ALL = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
 SETTINGS = {
-    "three nodes": dict(nodes=3, gates="both", size=(4, 4)),
+    "four nodes": dict(nodes=4, gates="both", size=(4, 4)),
     "two nodes of a reduction": dict(nodes=2, reduction=True),
     "factorized input": dict(factorized=True),
     "factorized input of a reduction": dict(factorized=True, reduction=True),
