@@ -231,6 +231,8 @@ def told(job: dict) -> str:
         "K",
         "IS_NODE",
         "BLOCK",
+        "TALL",
+        "WIDE",
         "BLOCK_K",
         "COLUMNS",
         "PRECISION",

@@ -9,8 +9,8 @@ import itertools
 import statistics
 
 import torch
-from fpdarts.kernels.triton import tuning
 from fpdarts.kernels.triton.launch import pieces
+from fpdarts.kernels.triton.rows import rows_tiles, wgrad_grid
 
 from benchmarks import aot
 
@@ -62,19 +62,17 @@ def _sensible(launch, BLOCK, TALL, WIDE, num_warps) -> bool:
 def _reshaped(launch, options):
     """With other tiles: another grid, and a buffer for the shares that as many programs leave."""
     given = {key: value for key, value in launch.arguments.items() if key != "maxnreg"} | options
-    x, grid = launch.tensors["x_ptr"], list(launch.grid)
-    height, width = (pieces(given[side], given.get("STRIDE", 1)) for side in "HW")
-    tiles = pieces(given["IMAGES"] * width, given["BLOCK"]) * pieces(height, given["TALL"])
+    size = tuple(pieces(given[side], given.get("STRIDE", 1)) for side in "HW")
+    tiles, grid = rows_tiles(given["IMAGES"], size, given), launch.grid
     if launch.kernel.fn.__name__ == "rows_wgrad_kernel":
-        grid[2] = pieces(5 * given["P"], given["WIDE"])
-        grid[0] = max(1, min(tiles, pieces(4 * tuning.KNOBS["programs"] // given["num_warps"], grid[1] * grid[2])))
-        size = grid[0] * given["DISTANCE"]
-    else:
-        grid[0], size = tiles, 256 * tiles * 3 * given["C"]  # instances of a cell are fewer
+        grid = wgrad_grid(tiles, grid[1], given["C"], 5, given)
+        elements = grid[0] * given["DISTANCE"]
+    else:  # a share of three numbers at most, of each instance and channel
+        grid, elements = (tiles, *grid[1:]), launch.tensors["opened_ptr"].numel() * tiles * 3 * given["C"]
         if "SHARES" in given:
             given["SHARES"] = tiles
-    partial = torch.empty(size, device=x.device)
-    return launch._replace(grid=tuple(grid), arguments=given, tensors=launch.tensors | {"partial_ptr": partial})
+    partial = torch.empty(elements, device=launch.tensors["x_ptr"].device)
+    return launch._replace(grid=grid, arguments=given, tensors=launch.tensors | {"partial_ptr": partial})
 
 
 def distinct(launches) -> dict[str, list]:

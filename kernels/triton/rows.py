@@ -130,27 +130,11 @@ def rows_fwd_kernel(
 
     y, n, x, inside = _place(tile, IMAGES, H, W, BLOCK, TALL)
     totals = _zeros(BLOCK, EDGES * P, TALL)
-    if side == 3:
-        if dilation == 1:
+    for kind in tl.static_range(4):
+        if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
             totals = _forward(
-                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 3, 1,
-                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
-            )  # fmt: skip
-        else:
-            totals = _forward(
-                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 3, 2,
-                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
-            )  # fmt: skip
-    else:
-        if dilation == 1:
-            totals = _forward(
-                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 5, 1,
-                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
-            )  # fmt: skip
-        else:
-            totals = _forward(
-                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W, 5, 2,
-                X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
+                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W,
+                3 + kind // 2 * 2, 1 + kind % 2, X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
             )  # fmt: skip
 
     column = tl.arange(0, EDGES * P)
@@ -237,6 +221,8 @@ def rows_dgrad_kernel(
     normalized by a job's row of the statistics, and shares of sum dx and sum dx * x are left in partial."""
     OH: tl.constexpr = (H + STRIDE - 1) // STRIDE
     OW: tl.constexpr = (W + STRIDE - 1) // STRIDE
+    COUNTS: tl.constexpr = (3, 3, 5, 5) if STRIDE == 1 else (1, 2, 3, 5)
+    DILATIONS: tl.constexpr = (1, 2, 1, 2) if STRIDE == 1 else (1, 1, 1, 1)
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
     start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
     y, n, x, inside = _place(tile, IMAGES, OH, OW, BLOCK, TALL)
@@ -262,38 +248,12 @@ def rows_dgrad_kernel(
             weight_edge = tl.multiple_of(tl.load(segment + 4).to(tl.int32), 8)
             if STRIDE == 2:
                 dilation = 1  # of the outputs that an input passes to
-            if y_count == 3:
-                if dilation == 1:
+            for kind in tl.static_range(4):
+                if (y_count == COUNTS[kind]) & (dilation == DILATIONS[kind]):
                     totals = _backward(
                         totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
-                        x_last, x_step, x_low, side, OH, OW, 3, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
-                    )  # fmt: skip
-                elif STRIDE == 1:
-                    totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
-                        x_last, x_step, x_low, side, OH, OW, 3, 2, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
-                    )  # fmt: skip
-            elif y_count == 5:
-                if dilation == 1:
-                    totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
-                        x_last, x_step, x_low, side, OH, OW, 5, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
-                    )  # fmt: skip
-                elif STRIDE == 1:
-                    totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
-                        x_last, x_step, x_low, side, OH, OW, 5, 2, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
-                    )  # fmt: skip
-            elif STRIDE == 2:
-                if y_count == 2:
-                    totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
-                        x_last, x_step, x_low, side, OH, OW, 2, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
-                    )  # fmt: skip
-                else:
-                    totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
-                        x_last, x_step, x_low, side, OH, OW, 1, 1, D_ROW, C, EDGES, P, TALL, WIDE, PRECISION, DTYPE,
+                        x_last, x_step, x_low, side, OH, OW, COUNTS[kind], DILATIONS[kind], D_ROW, C, EDGES, P, TALL,
+                        WIDE, PRECISION, DTYPE,
                     )  # fmt: skip
 
     if NORMALIZE:
@@ -402,27 +362,12 @@ def rows_wgrad_kernel(
     row = tl.load(jobs_ptr + 10).to(tl.int32)
     mean_ptr, inverse_ptr = mean_ptr + row * C, inverse_ptr + row * C
     partial_ptr += tl.program_id(0).to(tl.int64) * DISTANCE + tl.load(jobs_ptr + 9)
-    if side == 3:
-        if dilation == 1:
+    for kind in tl.static_range(4):
+        if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
             _gradients(
-                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 3, 1, X_ROW,
-                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
-            )  # fmt: skip
-        else:
-            _gradients(
-                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 3, 2, X_ROW,
-                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
-            )  # fmt: skip
-    else:
-        if dilation == 1:
-            _gradients(
-                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 5, 1, X_ROW,
-                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
-            )  # fmt: skip
-        else:
-            _gradients(
-                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W, 5, 2, X_ROW,
-                D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION, DTYPE,
+                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W,
+                3 + kind // 2 * 2, 1 + kind % 2, X_ROW, D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION,
+                DTYPE,
             )  # fmt: skip
 
 
@@ -490,14 +435,19 @@ def _wgrad_options(c: int, edges: int, dtype: torch.dtype) -> dict:
     )
 
 
+def wgrad_grid(tiles: int, jobs: int, c: int, side: int, options: dict) -> tuple[int, int, int]:
+    """As many parts as let its programs fill the chip. side: the largest of any job."""
+    chunks = pieces(side * padded(c), options["WIDE"])
+    programs = tuning.KNOBS["programs"] * 4 // options["num_warps"]
+    return max(1, min(tiles, pieces(programs, jobs * chunks))), jobs, chunks
+
+
 def rows_wgrad_parts(
     n: int, size: tuple[int, int], c: int, edges: int, side: int, jobs: int, dtype: torch.dtype
 ) -> int:  # fmt: skip
-    """As convolution.wgrad_parts. side: the largest of any job."""
+    """As convolution.wgrad_parts."""
     options = _wgrad_options(c, edges, dtype)
-    programs = tuning.KNOBS["programs"] * 4 // options["num_warps"]
-    chunks = pieces(side * padded(c), options["WIDE"])
-    return max(1, min(rows_tiles(n, size, options), pieces(programs, jobs * chunks)))
+    return wgrad_grid(rows_tiles(n, size, options), jobs, c, side, options)[0]
 
 
 def rows_wgrad(

@@ -1,6 +1,7 @@
 """Block shapes of the kernels: static tables, since autotuning needs a driver and would make two runs differ.
 
-Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``); the others are chosen by what fits.
+Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``), but for the kernels of rows.py; the others
+are chosen by what fits.
 """
 
 # block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
