@@ -95,14 +95,12 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
         return _rows(32, 2 if 8 < columns <= 32 and wide < 32 else 1, 16, 4 if columns < 128 else 8)
     if size == 4:
         if columns <= 32 and wide < 32:
-            return _rows(32, 4 if columns <= 16 and wide == 8 else 2, 16, 2)
+            return _rows(32, 2, 16, 2)
         return _rows(
             32, 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1, 16, 4 if columns < 128 else 8
         )
     if columns <= 32 and wide < 32:
-        return _rows(
-            32, 8 if columns == wide or columns == 32 and wide == 8 else 4, 16, 2, 168 if columns == 8 else 255
-        )
+        return _rows(32, 8 if columns == wide else 4, 16, 2, 168 if columns == 8 else 255)
     if columns == 32:
         return _rows(64, 4, 16, 4)
     if columns == 64:
@@ -121,7 +119,7 @@ def rows_data_gradient(wide: int, summed: int, precision: str, size: int) -> dic
         return columns | _rows(64, 4, 16, 2, 168 if size == 2 else 255)
     if size == 4:
         return columns | _rows(32, 4, 16, 2, 168 if wide == 8 else 255)
-    return columns | _rows(32, 8, min(32, max(16, summed)), 2, 168 if wide == 8 else None)
+    return columns | _rows(32, 8, min(32, max(16, summed)), 2, 168 if wide == 8 else None if summed == 32 else 255)
 
 
 def rows_weight_gradient(wide: int, columns: int, precision: str, size: int) -> dict:
