@@ -100,7 +100,7 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
             32, 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1, 16, 4 if columns < 128 else 8
         )
     if columns <= 32 and wide < 32:
-        return _rows(32, 8 if columns == wide else 4, 16, 2, 168 if columns == 8 else 255)
+        return _rows(32, 8 if columns == wide else 4, 16, 2)
     if columns == 32:
         return _rows(64, 4, 16, 4)
     if columns == 64:
@@ -131,7 +131,7 @@ def rows_weight_gradient(wide: int, columns: int, precision: str, size: int) -> 
         return _rows(64, 4 if wide == 16 else 2, min(32, wide), 4 if columns == 64 else 8)
     if wide >= 32:
         return _rows(32, 4, 32, 2)
-    return _rows(32, 4, 16, 2 if columns == 32 else 1, 128 if columns <= 16 and wide == 8 else 168)
+    return _rows(32, 4, 16, 2 if columns == 32 else 1, 168 if columns <= 16 and wide == 8 else 255)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
