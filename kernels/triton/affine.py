@@ -8,6 +8,8 @@ normalizes nothing.
 import triton
 import triton.language as tl
 
+from .launch import both
+
 
 @triton.jit
 def affine(mean_ptr, inverse_ptr, params_ptr, row, c, inside, ROWS, C: tl.constexpr):
@@ -40,7 +42,7 @@ def path_scale(scales_ptr, edge, n, inside, IMAGES, DROP: tl.constexpr):
     """What drop-path multiplies samples n of an edge by; edge -1 is not dropped."""
     scale = tl.full([n.shape[0]], 1.0, tl.float32)
     if DROP:
-        scale = tl.load(scales_ptr + edge * IMAGES + n, mask=inside & (edge >= 0), other=1.0)
+        scale = tl.load(scales_ptr + edge * IMAGES + n, mask=both(inside, edge >= 0), other=1.0)
     return scale
 
 

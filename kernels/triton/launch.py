@@ -6,11 +6,28 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 # A kernel that the launchers call. Numbers of rows are not specialized on (divisible by 16 or not), which would compile
 # each kernel again for a last batch; distances are: that they are aligned is what makes loads wide.
 _SIZES = ["M", "IMAGES", "first", "ROWS", "LAST", "COUNTERS", "EPSILON", "SHARES"]
 kernel = triton.jit(do_not_specialize=_SIZES)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels on the CPU (TRITON_INTERPRET=1 in the environment)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def both(mask, condition):
+    """mask & condition, a scalar: triton 3.9's interpreter makes integers of that, which are no mask there."""
+    if INTERPRETED:
+        return tl.where(condition, mask, False)
+    return mask & condition
 
 
 class Launch(NamedTuple):
@@ -55,11 +72,6 @@ def launch(function, grid: tuple[int, ...], tensors: dict, moved: float, **argum
         counter.all.append(Launch(function, grid, tensors, arguments, moved))
     if next(iter(tensors.values())).device.type != "meta":
         function[grid](**tensors, **arguments)
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs kernels on the CPU (TRITON_INTERPRET=1 in the environment)."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def padded(channels: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .convolution import position
-from .launch import kernel
+from .launch import both, kernel
 from .statistics import add_up, finishes_last, leave_sums
 
 
@@ -91,7 +91,7 @@ def mix_bwd_kernel(
         gate = tl.load(gates_ptr + edge * PATHS + tl.load(path_ptr + o)).to(tl.float32)
         alpha = tl.load(alpha_ptr + edge * OPERATIONS + o).to(tl.float32)
         summed = tl.load(summed_ptr + r * OPERATIONS + o) != 0
-        d = tl.sum(tl.load(sums_ptr + o * C + c, mask=(c < C) & summed, other=0.0), 0)
+        d = tl.sum(tl.load(sums_ptr + o * C + c, mask=both(c < C, summed), other=0.0), 0)
         d_alpha = d * beta * gate
         d_beta += d * gate * alpha
         for s in tl.static_range(K):

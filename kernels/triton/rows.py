@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tuning
 from .convolution import TRITON_DTYPE, activate, open_edges, tap_and_channel
-from .launch import dot_options, kernel, launch, padded, pieces
+from .launch import both, dot_options, kernel, launch, padded, pieces
 from .statistics import leave_statistics, leave_sums
 
 
@@ -38,7 +38,7 @@ def _zeros(BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr):
 
 @triton.jit
 def _row(pointer, mask, y, H: tl.constexpr, DISTANCE: tl.constexpr, i: tl.constexpr, OTHER: tl.constexpr):
-    return tl.load(pointer + i * DISTANCE, mask=mask & (y + i >= 0) & (y + i < H), other=OTHER)
+    return tl.load(pointer + i * DISTANCE, mask=both(both(mask, y + i >= 0), y + i < H), other=OTHER)
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def rows_fwd_kernel(
     sums = tl.zeros([EDGES * P], tl.float32)
     for r in tl.static_range(TALL):
         stored = totals[r].to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + where + r * W * OUT_ROW, stored, mask=(inside & (y + r < H))[:, None] & kept[None, :])
+        tl.store(out_ptr + where + r * W * OUT_ROW, stored, mask=both(inside, y + r < H)[:, None] & kept[None, :])
         if STATISTICS:  # of what was stored, rounding included
             sums += tl.sum(tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0), 0)
     if STATISTICS:
@@ -269,7 +269,7 @@ def rows_dgrad_kernel(
         inverse = tl.load(inverse_ptr + row * C + ci, mask=ci < C, other=1.0)
     sum_d, sum_dx = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for r in tl.static_range(TALL):
-        mask = (inside & (y + r * STRIDE < H))[:, None] & (ci < C)[None, :]
+        mask = both(inside, y + r * STRIDE < H)[:, None] & (ci < C)[None, :]
         value = tl.load(x_ptr + (place + r * STRIDE * W) * X_ROW + ci[None, :], mask=mask, other=0.0).to(tl.float32)
         if NORMALIZE:
             value = value * inverse[None, :] - (mean * inverse)[None, :]
@@ -313,7 +313,7 @@ def _gradients(
         where = d_ptr + e.to(tl.int64)[None, :] * EDGE + (place * D_ROW)[:, None] + co[None, :]
         ds = ()
         for r in tl.static_range(TALL):
-            mask = (inside & (y + r < H))[:, None] & kept[None, :]
+            mask = both(inside, y + r < H)[:, None] & kept[None, :]
             ds = ds + (tl.load(where + r * W * D_ROW, mask=mask, other=0.0).to(DTYPE),)
         mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
         pointer = x_ptr + ((place - PAD * W) * X_ROW)[:, None] + (dx * X_ROW + ci)[None, :]
