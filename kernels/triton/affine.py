@@ -14,7 +14,7 @@ from .launch import both
 @triton.jit
 def affine(mean_ptr, inverse_ptr, params_ptr, row, c, inside, ROWS, C: tl.constexpr):
     """Of channels c: mean, scale and shift; the normalized value is (x - mean) * scale + shift."""
-    there, where = inside & (row >= 0), row * C + c
+    there, where = both(inside, row >= 0), row * C + c
     mean = tl.load(mean_ptr + where, mask=there, other=0.0)
     inverse = tl.load(inverse_ptr + where, mask=there, other=1.0)
     scale = tl.load(params_ptr + where, mask=there, other=1.0)
