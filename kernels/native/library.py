@@ -129,7 +129,9 @@ def new_map(shape: tuple[int, ...]) -> Tensor:
     if floats < 1 << 18:  # kept blocks are of 2 MiB at least
         return torch.empty(shape, memory_format=torch.channels_last)
     n, c, height, width = shape
-    return memory(floats).view(n, height, width, c).permute(0, 3, 1, 2)
+    # no view, which would hold its base: autograd adds to a gradient in place only where nothing else holds its memory
+    strides = height * width * c, 1, width * c, c
+    return torch.empty(0).set_(memory(floats), 0, shape, strides)
 
 
 def address(tensor: Tensor | None) -> int | None:
