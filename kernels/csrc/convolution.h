@@ -7,40 +7,64 @@
 
 namespace FPDARTS_ISA {
 
-// T vectors of one row.
-template <int V, int M, int K, int D, int S, bool FLIP, bool ADD, int T>
+// T vectors of each of R rows, D rows of the map apart. What is loaded of a row serves all outputs that it reaches.
+template <int V, int M, int K, int D, int S, bool FLIP, bool ADD, int R, int T>
 INLINE void depthwise_tile(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
-                           float* __restrict out) {
+                           float* __restrict out, long out_pitch) {
     constexpr int L = V * M, STEP = S * M;
-    static_assert(S == 1 || M == 1, "pixels of one vector lie side by side");
-    Vec<L> sum[T];
-    UNROLL for (int t = 0; t < T; t++) sum[t] = ADD ? load<L>(out + t * L) : Vec<L>{};
-    _Pragma("GCC unroll 1") for (int ky = 0; ky < K; ky++) {
-        const float* row = in + ky * D * pitch;
-        Vec<L> tap[K];
+    static_assert(S == 1 || (M == 1 && R == 1), "pixels of one vector, and rows, lie side by side");
+    Vec<L> sum[R][T];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < T; t++) sum[r][t] = ADD ? load<L>(out + r * D * out_pitch + t * L) : Vec<L>{};
+    }
+    UNROLL for (int y = 0; y < K + R - 1; y++, in += D * pitch) {
+        // The compiler would load ahead what later rows need, run out of registers and spill.
+        asm volatile("" : "+r"(in));
+        if (R > 1) asm volatile("" : "+r"(w));
         UNROLL for (int kx = 0; kx < K; kx++) {
-            const int i = ky * K + kx;
-            tap[kx] = load<L>(w + (FLIP ? K * K - 1 - i : i) * w_step);
-        }
-        UNROLL for (int kx = 0; kx < K; kx++) {
-            UNROLL for (int t = 0; t < T; t++) sum[t] += tap[kx] * load<L>(row + (t * STEP + kx * D) * V);
+            Vec<L> seen[T];
+            UNROLL for (int t = 0; t < T; t++) seen[t] = load<L>(in + (t * STEP + kx * D) * V);
+            UNROLL for (int r = 0; r < R; r++) {
+                const int ky = y - r, i = ky * K + kx;
+                if (ky < 0 || ky >= K) continue;
+                const Vec<L> tap = load<L>(w + (FLIP ? K * K - 1 - i : i) * w_step);
+                UNROLL for (int t = 0; t < T; t++) sum[r][t] += tap * seen[t];
+            }
         }
     }
-    UNROLL for (int t = 0; t < T; t++) store<L>(out + t * L, sum[t]);
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < T; t++) store<L>(out + r * D * out_pitch + t * L, sum[r][t]);
+    }
 }
 
-// out[x] (+)= sum over taps w[tap] * in[x * S + kx * D], one row. FLIP reads the taps backwards, for gradients.
-template <int V, int K, int D, int S, bool FLIP, bool ADD>
-INLINE void depthwise_row(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
-                          float* __restrict out, int width) {
+template <int V, int K, int D, int S, bool FLIP, bool ADD, int R>
+INLINE void depthwise_band(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
+                           float* __restrict out, long out_pitch, int width) {
     constexpr int M = S == 1 ? PACK<V> : 1;
     int x = 0;
     if constexpr (M > 1) {
         for (; x + PIXELS < width; x += M * PIXELS)
-            depthwise_tile<V, M, K, D, S, FLIP, ADD, PIXELS>(in + x * S * V, pitch, w, w_step, out + x * V);
+            depthwise_tile<V, M, K, D, S, FLIP, ADD, R, PIXELS>(in + x * S * V, pitch, w, w_step, out + x * V, out_pitch);
     }
     for (; x < width; x += PIXELS)
-        depthwise_tile<V, M, K, D, S, FLIP, ADD, PIXELS / M>(in + x * S * V, pitch, w, w_step, out + x * V);
+        depthwise_tile<V, M, K, D, S, FLIP, ADD, R, PIXELS / M>(in + x * S * V, pitch, w, w_step, out + x * V, out_pitch);
+}
+
+// out[y][x] (+)= sum over taps w[tap] * in[y * S + ky * D][x * S + kx * D]. FLIP reads the taps backwards, for gradients.
+template <int V, int K, int D, int S, bool FLIP, bool ADD>
+INLINE void depthwise_rows(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
+                           float* __restrict out, long out_pitch, int rows, int width) {
+    constexpr int R = S == 1 && REGISTERS == 32 ? 2 : 1;
+    int y = 0;
+    if constexpr (R > 1) {
+        for (; y + R * D <= rows; y += R * D)
+            for (int i = y; i < y + D; i++)
+                depthwise_band<V, K, D, S, FLIP, ADD, R>(in + i * pitch, pitch, w, w_step, out + i * out_pitch, out_pitch,
+                                                         width);
+    }
+    for (; y < rows; y++)
+        depthwise_band<V, K, D, S, FLIP, ADD, 1>(in + y * S * pitch, pitch, w, w_step, out + y * out_pitch, out_pitch,
+                                                 width);
 }
 
 // Gradient of a stride-2 depthwise convolution for input pixels (2y + PY, 2x + PX) of one y: of the taps only those of
@@ -67,74 +91,116 @@ INLINE bool depthwise_parity_row(const float* __restrict d, long pitch, const fl
     return true;
 }
 
-template <int V, int K, int D, int S, int ROWS>
-INLINE void depthwise_weight_rows(const float* in, long pitch, const float* d, long d_pitch, int height, int width,
+// Taps of TALL rows of a kernel, from row `first` on, and R rows of the gradient at a time, D rows of the map apart.
+template <int V, int K, int D, int S, int TALL, int R>
+INLINE void depthwise_weight_taps(const float* in, long pitch, const float* d, long d_pitch, int rows, int width,
                                   int first, float* out, int out_step) {
-    constexpr int M = S == 1 ? PACK<V> : 1, L = V * M;
-    Vec<L> sum[ROWS * K];
-    UNROLL for (int i = 0; i < ROWS * K; i++) sum[i] = Vec<L>{};
+    constexpr int M = S == 1 ? PACK<V> : 1, L = V * M, APART = R == 1 ? 1 : D;
+    static_assert(S == 1 || R == 1, "rows lie side by side");
+    Vec<L> sum[TALL * K];
+    UNROLL for (int i = 0; i < TALL * K; i++) sum[i] = Vec<L>{};
     in += first * D * pitch;
-    for (int y = 0; y < height; y++) {
-        const float *from = in + y * S * pitch, *g = d + y * d_pitch;
-        for (int x = 0; x < width; x += M, from += S * L, g += L) {  // behind an odd width the gradient is zero
-            // The compiler would carry loads over to the next pixel, run out of registers and spill.
-            asm volatile("" : "+r"(from), "+r"(g));
-            const Vec<L> gradient = load<L>(g);
-            UNROLL for (int ky = 0; ky < ROWS; ky++) {
-                UNROLL for (int kx = 0; kx < K; kx++)
-                    sum[ky * K + kx] += gradient * load<L>(from + ky * D * pitch + kx * D * V);
+    for (int y = 0; y < rows; y += R * APART) {
+        for (int i = y; i < y + APART; i++) {
+            const float *from = in + i * S * pitch, *g = d + i * d_pitch;
+            for (int x = 0; x < width; x += M, from += S * L, g += L) {  // behind an odd width the gradient is zero
+                Vec<L> gradient[R];
+                UNROLL for (int r = 0; r < R; r++) gradient[r] = load<L>(g + r * APART * d_pitch), hold(gradient[r]);
+                const float* line = from;
+                UNROLL for (int row = 0; row < TALL + R - 1; row++, line += D * pitch) {
+                    // The compiler would carry loads over to the next pixel, run out of registers and spill.
+                    asm volatile("" : "+r"(line));
+                    UNROLL for (int kx = 0; kx < K; kx++) {
+                        Vec<L> seen = load<L>(line + kx * D * V);
+                        if (R > 1) hold(seen);
+                        UNROLL for (int r = 0; r < R; r++) {
+                            const int ky = row - r;
+                            if (ky >= 0 && ky < TALL) sum[ky * K + kx] += gradient[r] * seen;
+                        }
+                    }
+                }
             }
         }
     }
-    UNROLL for (int i = 0; i < ROWS * K; i++) add_to<V>(out + (first * K + i) * out_step, folded<V, L>(sum[i]));
+    UNROLL for (int i = 0; i < TALL * K; i++) add_to<V>(out + (first * K + i) * out_step, folded<V, L>(sum[i]));
 }
 
 // out[tap] += sum over a map's pixels of gradient * what the tap saw.
 template <int V, int K, int D, int S>
-INLINE void depthwise_weight(const float* in, long pitch, const float* d, long d_pitch, int height, int width,
-                             float* out, int out_step) {
+INLINE void depthwise_weight(const float* in, long pitch, const float* d, long d_pitch, int rows, int width, float* out,
+                             int out_step) {
+    constexpr int R = S == 1 ? 2 : 1;
+    const auto taps = [&](auto tall, int first) INLINE_LAMBDA {
+        const int paired = rows / (R * D) * (R * D);
+        if (R > 1 && paired) depthwise_weight_taps<V, K, D, S, tall, R>(in, pitch, d, d_pitch, paired, width, first, out, out_step);
+        if (R == 1 || paired < rows) {
+            const int done = R == 1 ? 0 : paired;
+            depthwise_weight_taps<V, K, D, S, tall, 1>(in + done * pitch, pitch, d + done * d_pitch, d_pitch, rows - done,
+                                                       width, first, out, out_step);
+        }
+    };
     if constexpr (K == 3 || REGISTERS == 32) {
-        depthwise_weight_rows<V, K, D, S, K>(in, pitch, d, d_pitch, height, width, 0, out, out_step);
+        taps(Constant<K>{}, 0);
     } else {  // 25 sums do not fit 16 registers
-        depthwise_weight_rows<V, K, D, S, 2>(in, pitch, d, d_pitch, height, width, 0, out, out_step);
-        depthwise_weight_rows<V, K, D, S, 2>(in, pitch, d, d_pitch, height, width, 2, out, out_step);
-        depthwise_weight_rows<V, K, D, S, 1>(in, pitch, d, d_pitch, height, width, 4, out, out_step);
+        taps(Constant<2>{}, 0), taps(Constant<2>{}, 2), taps(Constant<1>{}, 4);
+    }
+}
+
+// Products of matrices take PACK inputs at once, so that their vectors are as wide as there are: of 8 lanes twice, a pair
+// of inputs side by side for each output. What that leaves to add is added at the end.
+template <int V> INLINE auto inputs_at(const float* p) {
+    if constexpr (PACK<V> == 1) {
+        return *p;
+    } else {
+        static_assert(PACK<V> == 2 && V == 8, "a pair is as long as a double");
+        typedef double Doubles __attribute__((vector_size(64)));
+        double d;
+        std::memcpy(&d, p, sizeof d);
+        return (Vec<16>)Doubles{d, d, d, d, d, d, d, d};
     }
 }
 
 // A row of pixels times a matrix, of which OUT blocks of columns are computed for P pixels at a time: take(x, block,
-// value) gets each. in: blocks of V inputs `block` apart, in each the pixels `step` apart. w: [column block][input][V],
-// `column` apart.
+// value) gets each. in: blocks of V inputs `block` apart, in each the pixels `step` apart. w: as PackedWeights::matrix
+// makes it, a block's column `column` apart.
 template <int V, int OUT, int P, class Take>
 INLINE void pointwise_row(const float* __restrict in, long block, long step, int blocks, const float* __restrict w,
                           long column, int width, Take&& take) {
+    constexpr int PAIR = PACK<V>, L = PAIR * V;
+    static_assert(PAIR <= 2 && P % 2 == 0, "pixels are added up by two");
     for (int x = 0; x < width; x += P) {
-        Vec<V> sum[P][OUT];
+        Vec<L> sum[P][OUT];
         UNROLL for (int t = 0; t < P; t++) {
-            UNROLL for (int o = 0; o < OUT; o++) sum[t][o] = Vec<V>{};
+            UNROLL for (int o = 0; o < OUT; o++) sum[t][o] = Vec<L>{};
         }
         for (int b = 0; b < blocks; b++) {
             const float *pixel = in + b * block + x * step, *row = w + b * V * V;
-            _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) {
-                Vec<V> weight[OUT];
-                UNROLL for (int o = 0; o < OUT; o++) weight[o] = load<V>(row + o * column + i * V);
+            _Pragma("GCC unroll 4") for (int i = 0; i < V; i += PAIR) {
+                Vec<L> weight[OUT];
+                UNROLL for (int o = 0; o < OUT; o++) weight[o] = load<L>(row + o * column + i * V);
                 UNROLL for (int t = 0; t < P; t++) {
-                    const float value = pixel[t * step + i];
+                    const auto value = inputs_at<V>(pixel + t * step + i);
                     UNROLL for (int o = 0; o < OUT; o++) sum[t][o] += value * weight[o];
                 }
             }
         }
-        if (width - x >= P) {
-            UNROLL for (int t = 0; t < P; t++) {
-                UNROLL for (int o = 0; o < OUT; o++) take(x + t, o, sum[t][o]);
-            }
-        } else {
-            UNROLL for (int t = 0; t < P; t++) {
-                if (t < width - x) {
-                    UNROLL for (int o = 0; o < OUT; o++) take(x + t, o, sum[t][o]);
+        const auto give = [&](int count) INLINE_LAMBDA {
+            UNROLL for (int o = 0; o < OUT; o++) {
+                UNROLL for (int t = 0; t < P; t += PAIR) {
+                    if (t >= count) continue;
+                    if constexpr (PAIR == 1) {
+                        take(x + t, o, sum[t][o]);
+                    } else {
+                        separate<L>(sum[t][o], sum[t + 1][o]);
+                        const Vec<L> both = sum[t][o] + sum[t + 1][o];
+                        take(x + t, o, lanes_of<V, 0, L>(both));
+                        if (t + 1 < count) take(x + t + 1, o, lanes_of<V, V, L>(both));
+                    }
                 }
             }
-        }
+        };
+        if (width - x >= P) give(P);
+        else give(width - x);
     }
 }
 
@@ -157,23 +223,40 @@ INLINE void pointwise_rows(const float* in, long block, long step, int blocks, c
     });
 }
 
-template <int V, int IN, int OUT>
+// Reads up to V floats behind the last of d.
+template <int V, int IN, int OUT, int CHAINS>
 INLINE void outer_tile(const float* __restrict a, long a_step, const float* __restrict d, long d_block, long d_step,
                        int pixels, float* __restrict out, long out_step) {
-    Vec<V> sum[IN][OUT];
-    UNROLL for (int i = 0; i < IN; i++) {
-        UNROLL for (int o = 0; o < OUT; o++) sum[i][o] = Vec<V>{};
-    }
-    for (int x = 0; x < pixels; x++, a += a_step, d += d_step) {
-        Vec<V> gradient[OUT];
-        UNROLL for (int o = 0; o < OUT; o++) gradient[o] = load<V>(d + o * d_block);
-        UNROLL for (int i = 0; i < IN; i++) {
-            const float value = a[i];
-            UNROLL for (int o = 0; o < OUT; o++) sum[i][o] += value * gradient[o];
+    constexpr int PAIR = PACK<V>, L = PAIR * V;
+    Vec<L> sum[CHAINS][IN / PAIR][OUT];
+    UNROLL for (int k = 0; k < CHAINS * IN / PAIR * OUT; k++) (&sum[0][0][0])[k] = Vec<L>{};
+    const auto add = [&](int chain) INLINE_LAMBDA {
+        Vec<L> gradient[OUT];
+        UNROLL for (int o = 0; o < OUT; o++) gradient[o] = repeated<V, L>(load<L>(d + o * d_block));
+        UNROLL for (int i = 0; i < IN / PAIR; i++) {
+            const auto value = inputs_at<V>(a + i * PAIR);
+            UNROLL for (int o = 0; o < OUT; o++) sum[chain][i][o] += value * gradient[o];
         }
+        a += a_step, d += d_step;
+    };
+    int x = 0;
+    for (; x + CHAINS <= pixels; x += CHAINS) {
+        UNROLL for (int chain = 0; chain < CHAINS; chain++) add(chain);
     }
-    UNROLL for (int i = 0; i < IN; i++) {
-        UNROLL for (int o = 0; o < OUT; o++) add_to<V>(out + i * out_step + o * V, sum[i][o]);
+    for (; x < pixels; x++) add(0);
+    UNROLL for (int i = 0; i < IN / PAIR; i++) {
+        UNROLL for (int o = 0; o < OUT; o++) {
+            Vec<L> total = sum[0][i][o];
+            UNROLL for (int chain = 1; chain < CHAINS; chain++) total += sum[chain][i][o];
+            float* to = out + i * PAIR * out_step + o * V;
+            if constexpr (PAIR == 1) {
+                add_to<V>(to, total);
+            } else {
+                Vec<L> odd = total;
+                separate<L>(total, odd);
+                add_to<V>(to, lanes_of<V, 0, L>(total)), add_to<V>(to + out_step, lanes_of<V, 0, L>(odd));
+            }
+        }
     }
 }
 
@@ -183,9 +266,10 @@ INLINE void outer(const float* a, long a_block, long a_step, int rows, const flo
                   int columns, int pixels, float* out, long out_step) {
     over_columns(columns, [&](int o, auto count) INLINE_LAMBDA {
         constexpr int OUT = count, IN = OUT == 1 ? (REGISTERS == 32 ? V : 8) : REGISTERS == 32 ? 8 : 4;
+        constexpr int CHAINS = IN / PACK<V> * OUT < 8 ? 2 : 1;  // a sum waits for its last addition
         for (int b = 0; b < rows; b++)
             for (int i = 0; i < V; i += IN)
-                outer_tile<V, IN, OUT>(a + b * a_block + i, a_step, d + o * d_block, d_block, d_step, pixels,
+                outer_tile<V, IN, OUT, CHAINS>(a + b * a_block + i, a_step, d + o * d_block, d_block, d_step, pixels,
                                        out + (b * V + i) * out_step + o * V, out_step);
     });
 }

@@ -117,7 +117,7 @@ template <int V> class DerivedForward : public Derived<V> {
             const NodeBuffers node_buffer(l);
             const DenseBuffers<V> products(skip);
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            float* line = arena().take(l.blocks * padded(width) * V);
+            float* line = arena().take(l.blocks * pixels_together(l.out_size[1]) * V);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
             return [&, node_buffer, products, tile, line, sums, thread](int image) {
                 if (state >= 2) node(state, image, node_buffer);
@@ -151,7 +151,7 @@ template <int V> class DerivedForward : public Derived<V> {
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
         for_images(l.n, threads, [&](int thread) {
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            float* line = arena().take(l.blocks * padded(t.width) * V);
+            float* line = arena().take(l.blocks * pixels_together(t.width) * V);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
             return [&, tile, line, sums, thread](int image) {
                 for (size_t i = 0; i < edges.size(); i++) {

@@ -119,7 +119,7 @@ template <int V> class Forward : public Engine<V> {
             float* parts = arena().take(l.slices * CHUNK * V);
             float* tile = arena().take(l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
-            float* line = arena().take(l.blocks * padded(width) * V);
+            float* line = arena().take(l.blocks * pixels_together(l.out_size[1]) * V);
             const DenseBuffers<V> products(skip);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
             return [&, parts, tile, pooled, line, products, sums, thread](int image) {
@@ -211,7 +211,7 @@ template <int V> class Forward : public Engine<V> {
         if (used.empty()) return;
         for_images(l.n, threads, [&](int thread) {
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            float* line = arena().take(l.blocks * padded(t.width) * V);
+            float* line = arena().take(l.blocks * pixels_together(t.width) * V);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
             return [&, tile, line, sums, thread](int image) {
                 for (const Used& u : used)

@@ -70,7 +70,7 @@ class Arena {
     float* take(size_t floats) {
         if (next == pieces.size()) pieces.emplace_back();
         std::vector<float>& piece = pieces[next++];
-        piece.assign(floats + 16, 0.0f);
+        piece.assign(floats + 32, 0.0f);  // for the alignment, and for what outer reads behind the end
         return piece.data() + (64 - reinterpret_cast<uintptr_t>(piece.data()) % 64) % 64 / 4;
     }
 
@@ -151,35 +151,6 @@ void halve_map_backward(const float* in, const float* out, int height, int width
                 gradient = here ? Vec<V>{} : gradient;
             }
         }
-}
-
-template <int V> struct Indices;
-template <> struct Indices<8> { typedef int type __attribute__((vector_size(32))); };
-template <> struct Indices<16> { typedef int type __attribute__((vector_size(64))); };
-
-// Lanes of a and, from V on, of b.
-template <int V> INLINE Vec<V> pick(Vec<V> a, Vec<V> b, typename Indices<V>::type lanes) {
-#ifdef __clang__
-    Vec<V> out;
-    for (int i = 0; i < V; i++) out[i] = lanes[i] < V ? a[lanes[i]] : b[lanes[i] - V];
-    return out;
-#else
-    return __builtin_shuffle(a, b, lanes);
-#endif
-}
-
-// (a, b) -> a0 b0 a1 b1 .., in two vectors, and back.
-template <int V> INLINE void interleave(Vec<V>& a, Vec<V>& b) {
-    typename Indices<V>::type low, high;
-    UNROLL for (int i = 0; i < V; i++) low[i] = i / 2 + i % 2 * V, high[i] = low[i] + V / 2;
-    const Vec<V> first = pick<V>(a, b, low);
-    b = pick<V>(a, b, high), a = first;
-}
-template <int V> INLINE void separate(Vec<V>& a, Vec<V>& b) {
-    typename Indices<V>::type even, odd;
-    UNROLL for (int i = 0; i < V; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    const Vec<V> first = pick<V>(a, b, even);
-    b = pick<V>(a, b, odd), a = first;
 }
 
 // A pixel's slices -> its channels in shuffled order, out[K * channel + slice], of block `block` of c channels; or back.

@@ -22,13 +22,16 @@ template <int V> struct PackedWeights {
                             by_channel ? w[k * taps + tap] : w[tap * c + k];
         return out;
     }
-    // (inputs, outputs) -> [output block][input][V]; `transposed`: of the matrix's transpose.
+    // (inputs, outputs) -> [output block][input][V], PACK inputs side by side for each output; `transposed`: of the
+    // matrix's transpose.
     static void matrix(const float* w, int inputs, int outputs, bool transposed, float* out) {
         const int from = transposed ? outputs : inputs, to = transposed ? inputs : outputs;
+        constexpr int PAIR = PACK<V>;
         const int column = divide_up(from, V) * V;
         for (int i = 0; i < from; i++)
             for (int o = 0; o < to; o++)
-                out[(int64_t(o / V) * column + i) * V + o % V] = transposed ? w[o * outputs + i] : w[i * outputs + o];
+                out[(int64_t(o / V) * column + i / PAIR * PAIR) * V + o % V * PAIR + i % PAIR] =
+                    transposed ? w[o * outputs + i] : w[i * outputs + o];
     }
     static size_t matrix_size(int from, int to) { return size_t(divide_up(to, V)) * V * divide_up(from, V) * V; }
 };

@@ -25,7 +25,7 @@ template <int V> class Parts {
         const Tile t = stage_tile(), d = out_tile();
         for_images(n, threads, [&](int) {
             float* tile = arena().take(blocks * t.pixels() * V);
-            float* line = arena().take(blocks * padded(d.width) * V);
+            float* line = arena().take(blocks * pixels_together(d.width) * V);
             float* out = arena().take(blocks * d.height * d.width * V);
             const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
             return [&, tile, line, out, whole](int image) {

@@ -54,24 +54,32 @@ struct Steps {
     template <int V> static Steps in_blocks(int height, int width) { return {V, width * V, long(height) * width * V}; }
 };
 
-// line: scratch, blocks * padded(width) pixels. sums: a block each, of a result in blocks, or null where none are needed.
+// Rows that are computed together: what one step writes is still in the first cache when the next one reads it.
+inline int rows_together(int width) { return std::max(1, 2 * CHUNK / padded(width)); }
+inline int pixels_together(int width) { return rows_together(width) * padded(width); }
+
+// seen: scratch, blocks * pixels_together(width). sums: a block each, of a result in blocks, or null where none are
+// needed.
 template <int V, int K, int D, int S>
 void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, const Steps& steps,
-                   float* line, MapSums<V>* sums) {
+                   float* seen, MapSums<V>* sums) {
     const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = blocks * V;
-    for (int y = 0; y < height; y++) {
+    const long seen_block = long(pixels_together(width)) * V, pixel = steps.pixel, block = steps.block;
+    for (int first = 0; first < height; first += rows_together(width)) {
+        const int rows = std::min(rows_together(width), height - first);
         for (int b = 0; b < blocks; b++)
-            depthwise_row<V, K, D, S, false, false>(tile + (int64_t(b) * t.pixels() + t.at(y * S, D * (K / 2))) * V,
-                                                    long(t.pitch) * V, w.depthwise + b * V * PACK<V>, lanes * PACK<V>,
-                                                    line + b * wide * V, width);
-        float* to = out + y * steps.row;
-        const long pixel = steps.pixel, block = steps.block;
-        pointwise_rows<V>(line, wide * V, V, blocks, w.pointwise, lanes * V, blocks, width,
-                          [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * block + x * pixel, v); });
-        if (!sums) continue;
-        for (int b = 0; b < blocks; b++) {
-            if (y == 0) sums[b].begin(load<V>(to + b * block));
-            sums[b].row(to + b * block, width);
+            depthwise_rows<V, K, D, S, false, false>(
+                tile + (int64_t(b) * t.pixels() + t.at(first * S, D * (K / 2))) * V, long(t.pitch) * V,
+                w.depthwise + b * V * PACK<V>, lanes * PACK<V>, seen + b * seen_block, wide * V, rows, width);
+        for (int y = first; y < first + rows; y++) {
+            float* to = out + y * steps.row;
+            pointwise_rows<V>(seen + (y - first) * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks, width,
+                              [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * block + x * pixel, v); });
+            if (!sums) continue;
+            for (int b = 0; b < blocks; b++) {
+                if (y == 0) sums[b].begin(load<V>(to + b * block));
+                sums[b].row(to + b * block, width);
+            }
         }
     }
 }
@@ -82,7 +90,7 @@ struct StageBuffers {
     float *tile, *d_tile, *d_map, *line, *seen, *drawn;
 
     template <int V> static StageBuffers take(const Tile& t, const Tile& d, int blocks) {
-        const int together = rows_together(d.width) * padded(d.width);
+        const int together = pixels_together(d.width);
         StageBuffers buffer;
         buffer.tile = arena().take(blocks * t.pixels() * V);
         buffer.d_tile = arena().take(blocks * d.pixels() * V);
@@ -92,7 +100,6 @@ struct StageBuffers {
         buffer.drawn = arena().take(blocks * together * V);
         return buffer;
     }
-    static int rows_together(int width) { return std::max(1, 2 * CHUNK / padded(width)); }
 };
 
 template <int V, int K, int D, int PY, int PX>
@@ -110,24 +117,21 @@ void stage_backward(const StageBuffers& buffer, const Tile& t, const Tile& d, St
                     float* d_depthwise, float* d_pointwise, Draw&& draw) {
     constexpr int P = D * (K / 2);
     const int height = d.height, width = d.width, wide = padded(width), lanes = blocks * V;
-    const int together = StageBuffers::rows_together(width);
+    const int together = rows_together(width);
     const int64_t block = int64_t(together) * wide * V;
     const long pitch = long(t.pitch) * V, d_pitch = long(d.pitch) * V, map_pitch = long(padded(t.width)) * V;
     const bool needed = d_depthwise != nullptr;
     int done = 0;
-    // Band after band, so that what one step writes is still in the first cache when the next one reads it.
     for (int first = 0; first < height; first += together) {
         const int rows = std::min(together, height - first);
         for (int b = 0; b < blocks; b++) {
             float *drawn = buffer.drawn + b * block, *seen = buffer.seen + b * block;
             if (width == wide) draw(b, first * width, rows * width, drawn);
-            for (int r = 0; r < rows; r++) {
-                if (width != wide) draw(b, (first + r) * width, width, drawn + r * wide * V);
-                if (!needed) continue;
-                depthwise_row<V, K, D, S, false, false>(
-                    buffer.tile + (int64_t(b) * t.pixels() + t.at((first + r) * S, P)) * V, pitch,
-                    w.depthwise + b * V * PACK<V>, lanes * PACK<V>, seen + r * wide * V, width);
-            }
+            for (int r = 0; r < rows && width != wide; r++) draw(b, (first + r) * width, width, drawn + r * wide * V);
+            if (needed)
+                depthwise_rows<V, K, D, S, false, false>(
+                    buffer.tile + (int64_t(b) * t.pixels() + t.at(first * S, P)) * V, pitch,
+                    w.depthwise + b * V * PACK<V>, lanes * PACK<V>, seen, wide * V, rows, width);
         }
         for (int r = 0; r < rows; r++) {
             float* to = buffer.d_tile + d.at(first + r, 0) * V;
@@ -144,10 +148,10 @@ void stage_backward(const StageBuffers& buffer, const Tile& t, const Tile& d, St
                 depthwise_weight<V, K, D, S>(buffer.tile + (int64_t(b) * t.pixels() + t.at(first * S, P)) * V, pitch,
                                              d_tile + d.at(first, 0) * V, d_pitch, rows, width, d_depthwise + b * V,
                                              lanes);
-            for (int y = done; y < ready; y++)
-                depthwise_row<V, K, D, 1, true, ADD>(d_tile + d.at(y, P) * V, d_pitch, w.depthwise + b * V * PACK<V>,
-                                                     lanes * PACK<V>, buffer.d_map + b * t.height * map_pitch + y * map_pitch,
-                                                     width);
+            if (done < ready)
+                depthwise_rows<V, K, D, 1, true, ADD>(d_tile + d.at(done, P) * V, d_pitch, w.depthwise + b * V * PACK<V>,
+                                                      lanes * PACK<V>, buffer.d_map + (b * t.height + done) * map_pitch,
+                                                      map_pitch, ready - done, width);
         }
         done = ready;
     }

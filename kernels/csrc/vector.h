@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #define INLINE __attribute__((always_inline)) inline
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -56,6 +57,15 @@ template <int V> INLINE Vec<V> where_positive(Vec<V> condition, Vec<V> v) {
 }
 template <int V> INLINE Vec<V> maximum(Vec<V> a, Vec<V> b) { return (a >= b) | (a != a) ? a : b; }  // or NaN
 
+// Keeps a value in a register: the compiler would load it again at each of its uses.
+template <class T> INLINE void hold(T& v) {
+#ifdef __AVX512F__
+    asm volatile("" : "+v"(v));
+#else
+    asm volatile("" : "+x"(v));
+#endif
+}
+
 // Pixels that fit one vector: of 8 channels two, where vectors have 16 lanes.
 template <int V> constexpr int PACK = WIDEST / V;
 
@@ -89,6 +99,55 @@ template <int V, int L> INLINE Vec<V> folded(Vec<L> v) {
         for (int i = V; i < L; i += V) sum += load<V>(parts + i);
         return sum;
     }
+}
+
+template <int V> struct Indices;
+template <> struct Indices<8> { typedef int type __attribute__((vector_size(32))); };
+template <> struct Indices<16> { typedef int type __attribute__((vector_size(64))); };
+
+// Lanes of a and, from V on, of b.
+template <int V> INLINE Vec<V> pick(Vec<V> a, Vec<V> b, typename Indices<V>::type lanes) {
+#ifdef __clang__
+    Vec<V> out;
+    for (int i = 0; i < V; i++) out[i] = lanes[i] < V ? a[lanes[i]] : b[lanes[i] - V];
+    return out;
+#else
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// (a, b) -> a0 b0 a1 b1 .., in two vectors, and back.
+template <int V> INLINE void interleave(Vec<V>& a, Vec<V>& b) {
+    typename Indices<V>::type low, high;
+    UNROLL for (int i = 0; i < V; i++) low[i] = i / 2 + i % 2 * V, high[i] = low[i] + V / 2;
+    const Vec<V> first = pick<V>(a, b, low);
+    b = pick<V>(a, b, high), a = first;
+}
+template <int V> INLINE void separate(Vec<V>& a, Vec<V>& b) {
+    typename Indices<V>::type even, odd;
+    UNROLL for (int i = 0; i < V; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    const Vec<V> first = pick<V>(a, b, even);
+    b = pick<V>(a, b, odd), a = first;
+}
+
+// The first V lanes, each as often as pixels fit a vector.
+template <int V, int L> INLINE Vec<L> repeated(Vec<L> v) {
+    if constexpr (L == V) return v;
+    typename Indices<L>::type lanes;
+    UNROLL for (int i = 0; i < L; i++) lanes[i] = i / (L / V);
+    return pick<L>(v, v, lanes);
+}
+
+// V of the lanes, those from FIRST on.
+template <int V, int FIRST, int L, size_t... I> INLINE Vec<V> lanes_of(Vec<L> v, std::index_sequence<I...>) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(v, v, int(FIRST + I)...);
+#else
+    return Vec<V>{v[FIRST + I]...};
+#endif
+}
+template <int V, int FIRST, int L> INLINE Vec<V> lanes_of(Vec<L> v) {
+    return lanes_of<V, FIRST, L>(v, std::make_index_sequence<V>());
 }
 
 template <int I> using Constant = std::integral_constant<int, I>;
