@@ -207,9 +207,9 @@ INLINE void pointwise_row(const float* __restrict in, long block, long step, int
 // Blocks of columns that share what is loaded: as many as leave room in the registers. f(first, how many as a constant).
 template <class F> INLINE void over_columns(int columns, F&& f) {
     int o = 0;
-    for (; o + 3 <= columns; o += 3) f(o, Constant<3>{});
-    if (columns - o == 2) f(o, Constant<2>{});
-    else if (columns - o == 1) f(o, Constant<1>{});
+    for (; columns - o == 3 || columns - o > 4; o += 3) f(o, Constant<3>{});
+    for (; columns - o >= 2; o += 2) f(o, Constant<2>{});
+    if (o < columns) f(o, Constant<1>{});
 }
 
 // All column blocks; take(x, column block, value).
