@@ -14,6 +14,7 @@
 namespace FPDARTS_ISA {
 
 constexpr double EPSILON = 1e-5;  // of every batch normalization
+constexpr int64_t CACHED = 8 << 20;  // floats of a workspace beyond which results are stored past the caches
 constexpr int MARGIN = 4;         // around a tile: what a dilated 5x5 convolution reaches
 
 enum Kind { NONE, MAXIMUM, AVERAGE, SKIP, CONVOLUTION };
@@ -111,6 +112,8 @@ template <int V> struct Layout {
     }
     int64_t mean(int row) const { return normal_at + row * lanes; }
     int64_t inverse(int row) const { return normal_at + (rows + row) * lanes; }
+
+    bool past_caches() const { return total > CACHED; }
 
     // The row whose normalization an operation's result on an edge has; -1: it is not normalized.
     int result_row(const Operation& o, const Edge& edge) const {

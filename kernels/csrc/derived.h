@@ -85,6 +85,7 @@ template <int V> struct DerivedLayout {
     int wide() const { return shape.concat * c; }  // channels of the output
     // Tables, [lanes] a row: mean, 1 / deviation, scale / deviation, shift.
     int64_t table(int which, int row) const { return tables_at + (int64_t(which) * rows + row) * lanes; }
+    bool past_caches() const { return total > CACHED; }
     // What backward goes along.
     std::vector<int> live_leaving(int state) const {
         std::vector<int> live;

@@ -91,11 +91,11 @@ template <int V> class Forward : public Engine<V> {
     }
 
     template <int K, int D, int S>
-    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int thread, float* line,
+    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int thread, const ForwardBuffers& buffer,
                MapSums<V>* sums) {
         const int map = l.out_pixels;
         stage_forward<V, K, D, S>(tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map),
-                                  Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), line, training ? sums : nullptr);
+                                  Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);
         if (!training) return;
         for (int b = 0; b < l.blocks; b++) merge(thread, row, b, sums[b], map);
     }
@@ -119,10 +119,10 @@ template <int V> class Forward : public Engine<V> {
             float* parts = arena().take(l.slices * CHUNK * V);
             float* tile = arena().take(l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
-            float* line = arena().take(l.blocks * pixels_together(l.out_size[1]) * V);
+            const auto buffer = ForwardBuffers::take<V>(l.out_size[1], l.blocks, l.past_caches());
             const DenseBuffers<V> products(skip);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, parts, tile, pooled, line, products, sums, thread](int image) {
+            return [&, parts, tile, pooled, buffer, products, sums, thread](int image) {
                 if (source < 2) normalize_input(source, image);
                 else node(source - 2, sum, image, parts);
                 for (int slice = 0; slice < l.slices; slice++) {
@@ -147,7 +147,7 @@ template <int V> class Forward : public Engine<V> {
                                 continue;
                             }
                             specialized(u.o->kernel, u.o->dilation, stride, [&](auto k, auto d, auto s) {
-                                stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, thread, line, sums);
+                                stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, thread, buffer, sums);
                             });
                         }
                     }
@@ -211,9 +211,9 @@ template <int V> class Forward : public Engine<V> {
         if (used.empty()) return;
         for_images(l.n, threads, [&](int thread) {
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            float* line = arena().take(l.blocks * pixels_together(t.width) * V);
+            const auto buffer = ForwardBuffers::take<V>(t.width, l.blocks, l.past_caches());
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, tile, line, sums, thread](int image) {
+            return [&, tile, buffer, sums, thread](int image) {
                 for (const Used& u : used)
                     for (int row : l.leaving[source]) {
                         if (!this->is_open(l.edges[row], u.o->path)) continue;
@@ -221,7 +221,7 @@ template <int V> class Forward : public Engine<V> {
                         fill_tile<V>(tile, t, l.blocks, a.work + l.raw(before) + l.image(image, l.out_pixels),
                                      this->normalization(before));
                         specialized(u.o->kernel, u.o->dilation, 1, [&](auto k, auto d, auto) {
-                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, thread, line, sums);
+                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, thread, buffer, sums);
                         });
                     }
             };

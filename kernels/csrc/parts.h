@@ -25,17 +25,17 @@ template <int V> class Parts {
         const Tile t = stage_tile(), d = out_tile();
         for_images(n, threads, [&](int) {
             float* tile = arena().take(blocks * t.pixels() * V);
-            float* line = arena().take(blocks * pixels_together(d.width) * V);
+            const auto buffer = ForwardBuffers::take<V>(d.width, blocks, false);
             float* out = arena().take(blocks * d.height * d.width * V);
             const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
-            return [&, tile, line, out, whole](int image) {
+            return [&, tile, buffer, out, whole](int image) {
                 for (int e = 0; e < edges; e++) {
                     if (e == 0 || a.own) fill(tile, t, image, e);
                     float* to = whole ? a.out + int64_t(image) * out_pixels * edges * c + e * c : out;
                     const Steps steps = whole ? Steps{edges * c, long(d.width) * edges * c, V}
                                               : Steps::in_blocks<V>(d.height, d.width);
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
-                        stage_forward<V, k, dilation, s>(tile, t, weights.of(e), blocks, to, steps, line, nullptr);
+                        stage_forward<V, k, dilation, s>(tile, t, weights.of(e), blocks, to, steps, buffer, nullptr);
                     });
                     if (!whole) scatter(a.out, edges * c, e * c, image, out_pixels, out);
                 }

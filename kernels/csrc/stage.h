@@ -58,29 +58,46 @@ struct Steps {
 inline int rows_together(int width) { return std::max(1, 2 * CHUNK / padded(width)); }
 inline int pixels_together(int width) { return rows_together(width) * padded(width); }
 
-// seen: scratch, blocks * pixels_together(width). sums: a block each, of a result in blocks, or null where none are
-// needed.
+// Scratch memory of a thread for forward: of rows_together rows, the depthwise result and, where results are written
+// past the caches, the pointwise one.
+struct ForwardBuffers {
+    float *seen, *made = nullptr;
+
+    template <int V> static ForwardBuffers take(int width, int blocks, bool past) {
+        ForwardBuffers buffer;
+        buffer.seen = arena().take(blocks * pixels_together(width) * V);
+        if (past) buffer.made = arena().take(blocks * pixels_together(width) * V);
+        return buffer;
+    }
+};
+
+// sums: a block each, of a result in blocks, or null where none are needed. A result past the caches is in blocks.
 template <int V, int K, int D, int S>
 void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, const Steps& steps,
-                   float* seen, MapSums<V>* sums) {
+                   const ForwardBuffers& buffer, MapSums<V>* sums) {
     const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = blocks * V;
-    const long seen_block = long(pixels_together(width)) * V, pixel = steps.pixel, block = steps.block;
+    const int64_t seen_block = int64_t(pixels_together(width)) * V;
     for (int first = 0; first < height; first += rows_together(width)) {
         const int rows = std::min(rows_together(width), height - first);
         for (int b = 0; b < blocks; b++)
             depthwise_rows<V, K, D, S, false, false>(
                 tile + (int64_t(b) * t.pixels() + t.at(first * S, D * (K / 2))) * V, long(t.pitch) * V,
-                w.depthwise + b * V * PACK<V>, lanes * PACK<V>, seen + b * seen_block, wide * V, rows, width);
-        for (int y = first; y < first + rows; y++) {
-            float* to = out + y * steps.row;
-            pointwise_rows<V>(seen + (y - first) * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks, width,
-                              [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * block + x * pixel, v); });
+                w.depthwise + b * V * PACK<V>, lanes * PACK<V>, buffer.seen + b * seen_block, wide * V, rows, width);
+        const Steps own = buffer.made ? Steps::in_blocks<V>(rows, width) : steps;
+        float* made = buffer.made ? buffer.made : out + first * steps.row;
+        for (int y = 0; y < rows; y++, made += own.row) {
+            pointwise_rows<V>(buffer.seen + y * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks, width,
+                              [=](int x, int o, Vec<V> v) INLINE_LAMBDA {
+                                  store<V>(made + o * own.block + x * own.pixel, v);
+                              });
             if (!sums) continue;
             for (int b = 0; b < blocks; b++) {
-                if (y == 0) sums[b].begin(load<V>(to + b * block));
-                sums[b].row(to + b * block, width);
+                if (first + y == 0) sums[b].begin(load<V>(made + b * own.block));
+                sums[b].row(made + b * own.block, width);
             }
         }
+        for (int b = 0; b < blocks && buffer.made; b++)
+            copy_past<V>(out + first * steps.row + b * steps.block, buffer.made + b * own.block, own.block);
     }
 }
 

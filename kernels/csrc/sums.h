@@ -21,6 +21,7 @@ template <class F> void for_images(int images, int threads, F&& f) {
         auto work = f(thread);
         const int64_t n = images;
         for (int i = n * thread / all; i < n * (thread + 1) / all; i++) work(i);
+        _mm_sfence();  // of what was stored past the caches
     }
 }
 

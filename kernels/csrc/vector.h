@@ -2,6 +2,8 @@
 // becomes AVX2 or AVX-512, by the flags of the object that it is compiled into.
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -36,6 +38,15 @@ template <int V> using Vec = typename Lanes<V>::type;
 template <int V> INLINE Vec<V> load(const float* p) { return *reinterpret_cast<const typename Lanes<V>::loose*>(p); }
 template <int V> INLINE void store(float* p, Vec<V> v) { *reinterpret_cast<typename Lanes<V>::loose*>(p) = v; }
 template <int V> INLINE void add_to(float* p, Vec<V> v) { store<V>(p, load<V>(p) + v); }
+// Past the caches, which have no room for what is read again only when all images have been seen: no line is fetched
+// to be overwritten. p is a multiple of the vector; a thread that has done so fences before others read.
+template <int V> INLINE void store_past(float* p, Vec<V> v) {
+#ifdef __AVX512F__
+    if constexpr (V == 16) return _mm512_stream_ps(p, __m512(v));
+    else
+#endif
+        _mm256_stream_ps(p, __m256(v));
+}
 // The first `count` lanes, or all; zeros behind.
 template <int V> INLINE Vec<V> load_some(const float* p, int count) {
     if (count >= V) return load<V>(p);
@@ -159,6 +170,14 @@ template <int V, class F> INLINE void over_pixels(int count, F&& f) {
     if constexpr (PACK<V> > 1) {
         for (; i < count; i++) f(i, Constant<V>{});
     }
+}
+
+// The same of a run of blocks; both are multiples of V floats.
+template <int V> INLINE void copy_past(float* to, const float* from, int64_t floats) {
+    int64_t i = 0;
+    if (reinterpret_cast<uintptr_t>(to) % (4 * WIDEST)) store_past<8>(to, load<8>(from)), i = 8;
+    for (; i + WIDEST <= floats; i += WIDEST) store_past<WIDEST>(to + i, load<WIDEST>(from + i));
+    if (i < floats) store_past<8>(to + i, load<8>(from + i));
 }
 
 constexpr int PIXELS = 8;  // vectors of pixels computed at once
