@@ -327,7 +327,7 @@ template <int V> class DerivedBackward : public Derived<V> {
                     d.gather_pixels(from, l.size[1], first, count, pixels);
                     if (float* own = gradients.of(thread, gradient_at[l.preprocess_weight[input]]))
                         d.matrix_gradient(pixels, drawn, count, own);
-                    if (d_x) d.image_gradient(w.data(), drawn, pixels, l.size[1], first, count, d_x);
+                    if (d_x) d.image_gradient(w.data(), drawn, pixels, l.size[1], first, count, d_x, l.past_caches());
                 }
             };
         });

@@ -110,17 +110,21 @@ template <int V> struct Dense {
     }
     // Of an image: where ReLU let it through. The pixels that it does not read are left alone.
     void image_gradient(const float* w, const float* drawn, const float* pixels, int width, int first, int count,
-                        float* d_image) const {
+                        float* d_image, bool past) const {
         const int each = rows / (1 + two);
+        past = past && inputs % WIDEST == 0 && reinterpret_cast<uintptr_t>(d_image) % (4 * WIDEST) == 0;
         with_block([&](auto lanes) {
             constexpr int L = lanes;
-            pointwise_rows<L>(drawn, L, columns, columns / L, w, long(columns) * L, rows / L, count,
-                              [&](int x, int row, Vec<L> v) INLINE_LAMBDA {
-                                  const int part = row * L >= each, channel = row * L - part * each;
-                                  store_some<L>(d_image + pixel(width, first + x, part) * inputs + channel,
-                                                where_positive<L>(load<L>(pixels + int64_t(x) * rows + row * L), v),
-                                                inputs - channel);
-                              });
+            const auto make = [=](auto&& write) INLINE_LAMBDA {
+                pointwise_rows<L>(drawn, L, columns, columns / L, w, long(columns) * L, rows / L, count,
+                                  [=](int x, int row, Vec<L> v) INLINE_LAMBDA {
+                                      const int part = row * L >= each, channel = row * L - part * each;
+                                      write(d_image + pixel(width, first + x, part) * inputs + channel, channel,
+                                            where_positive<L>(load<L>(pixels + int64_t(x) * rows + row * L), v));
+                                  });
+            };
+            if (past && L == WIDEST) make([](float* to, int, Vec<L> v) INLINE_LAMBDA { store_past<L>(to, v); });
+            else make([=](float* to, int channel, Vec<L> v) INLINE_LAMBDA { store_some<L>(to, v, inputs - channel); });
         });
     }
     // Of a map's ReLU, in rows of padded(width) pixels: added to it.
