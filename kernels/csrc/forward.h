@@ -6,6 +6,8 @@
 
 namespace FPDARTS_ISA {
 
+constexpr int NODE_CHUNK = 256;  // pixels of a node at a time: of each plane a run that is long enough to be fetched ahead
+
 template <int V> class Forward : public Engine<V> {
     using Base = Engine<V>;
     using Base::a, Base::l, Base::training, Base::threads;
@@ -25,7 +27,7 @@ template <int V> class Forward : public Engine<V> {
         }
         const Sum sum = node_sum(l.nodes - 1);
         for_images(l.n, threads, [&](int) {
-            float* parts = arena().take(l.slices * CHUNK * V);
+            float* parts = arena().take(l.slices * NODE_CHUNK * V);
             return [&, parts](int image) { node(l.nodes - 1, sum, image, parts); };
         });
     }
@@ -116,7 +118,7 @@ template <int V> class Forward : public Engine<V> {
         const Sum sum = source < 2 ? Sum() : node_sum(source - 2);
 
         for_images(l.n, threads, [&](int thread) {
-            float* parts = arena().take(l.slices * CHUNK * V);
+            float* parts = arena().take(l.slices * NODE_CHUNK * V);
             float* tile = arena().take(l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
             const auto buffer = ForwardBuffers::take<V>(l.out_size[1], l.blocks, l.past_caches());
@@ -267,16 +269,16 @@ template <int V> class Forward : public Engine<V> {
     // One image of a node: its channels of the output, and their slices, for the edges that leave it.
     void node(int node, const Sum& sum, int image, float* parts) {
         const int map = l.out_pixels, wide = l.nodes * l.shape.channels, slices = l.slices, c = l.c;
-        for (int first = 0; first < map; first += CHUNK) {
-            const int count = std::min(CHUNK, map - first);
+        for (int first = 0; first < map; first += NODE_CHUNK) {
+            const int count = std::min(NODE_CHUNK, map - first);
             float* out = a.out + (int64_t(image) * map + first) * wide + node * l.shape.channels;
             for (int b = 0; b < l.blocks; b++) {
                 const int64_t at = l.image(image, map) + (int64_t(b) * map + first) * V;
-                for (int s = 0; s < l.slices; s++) add_terms(sum, s, b, at, count, parts + s * CHUNK * V);
+                for (int s = 0; s < l.slices; s++) add_terms(sum, s, b, at, count, parts + s * NODE_CHUNK * V);
                 for (int i = 0; i < count; i++) {
                     float* pixel = out + int64_t(i) * wide;
-                    __builtin_prefetch(pixel + CHUNK * wide, 1);  // a line of every pixel: no pattern that is followed
-                    shuffle_pixel<V>(parts + i * V, CHUNK * V, slices, b, c, pixel);
+                    __builtin_prefetch(pixel + NODE_CHUNK * wide, 1);  // a line of every pixel: no pattern that is followed
+                    shuffle_pixel<V>(parts + i * V, NODE_CHUNK * V, slices, b, c, pixel);
                 }
             }
             if (node == l.nodes - 1) continue;
