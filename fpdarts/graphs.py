@@ -54,17 +54,18 @@ class GraphedStep:
 
 
 def prepare_optimizer(optimizer: torch.optim.Optimizer, device: torch.device):
-    """One that a graph can hold, on CUDA: fused, its learning rate a tensor there. Elsewhere plain numbers.
+    """Fused where that is to be had, and on CUDA one that a graph can hold, its learning rate a tensor there.
 
     To be called again when a state was loaded, which may come from another device.
     """
     cuda = device.type == "cuda"
+    fused = cuda or device.type == "cpu"
     for group in optimizer.param_groups:
-        group["fused"] = True if cuda else None
+        group["fused"] = True if fused else None
         group["lr"] = torch.as_tensor(float(group["lr"]), device=device) if cuda else float(group["lr"])
         if "capturable" in group:
             group["capturable"] = cuda
-        if cuda and group.get("momentum"):
+        if fused and group.get("momentum"):
             # the fused step fails where some weights have their first gradient later than others, as those of paths do
             # that were closed; a momentum of 0 is what the first step starts from anyway
             for weight in group["params"]:
