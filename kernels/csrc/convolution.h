@@ -18,7 +18,7 @@ INLINE void depthwise_tile(const float* __restrict in, long pitch, const float* 
         UNROLL for (int t = 0; t < T; t++) sum[r][t] = ADD ? load<L>(out + r * D * out_pitch + t * L) : Vec<L>{};
     }
     UNROLL for (int y = 0; y < K + R - 1; y++, in += D * pitch) {
-        // The compiler would load ahead what later rows need, run out of registers and spill.
+        // The compiler would load ahead what later rows need, or keep taps for them, run out of registers and spill.
         asm volatile("" : "+r"(in));
         if (R > 1) asm volatile("" : "+r"(w));
         UNROLL for (int kx = 0; kx < K; kx++) {
@@ -42,15 +42,17 @@ INLINE void depthwise_band(const float* __restrict in, long pitch, const float* 
                            float* __restrict out, long out_pitch, int width) {
     constexpr int M = S == 1 ? PACK<V> : 1;
     int x = 0;
+    const auto tile = [&](auto vectors) INLINE_LAMBDA {
+        depthwise_tile<V, M, K, D, S, FLIP, ADD, R, vectors>(in + x * S * V, pitch, w, w_step, out + x * V, out_pitch);
+    };
     if constexpr (M > 1) {
-        for (; x + PIXELS < width; x += M * PIXELS)
-            depthwise_tile<V, M, K, D, S, FLIP, ADD, R, PIXELS>(in + x * S * V, pitch, w, w_step, out + x * V, out_pitch);
+        for (; x + PIXELS < width; x += M * PIXELS) tile(Constant<PIXELS>{});
     }
-    for (; x < width; x += PIXELS)
-        depthwise_tile<V, M, K, D, S, FLIP, ADD, R, PIXELS / M>(in + x * S * V, pitch, w, w_step, out + x * V, out_pitch);
+    for (; x < width; x += PIXELS) tile(Constant<PIXELS / M>{});
 }
 
-// out[y][x] (+)= sum over taps w[tap] * in[y * S + ky * D][x * S + kx * D]. FLIP reads the taps backwards, for gradients.
+// out[y][x] (+)= sum over taps w[tap] * in[y * S + ky * D][x * S + kx * D]. FLIP reads the taps backwards, for
+// gradients.
 template <int V, int K, int D, int S, bool FLIP, bool ADD>
 INLINE void depthwise_rows(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
                            float* __restrict out, long out_pitch, int rows, int width) {
@@ -59,8 +61,8 @@ INLINE void depthwise_rows(const float* __restrict in, long pitch, const float* 
     if constexpr (R > 1) {
         for (; y + R * D <= rows; y += R * D)
             for (int i = y; i < y + D; i++)
-                depthwise_band<V, K, D, S, FLIP, ADD, R>(in + i * pitch, pitch, w, w_step, out + i * out_pitch, out_pitch,
-                                                         width);
+                depthwise_band<V, K, D, S, FLIP, ADD, R>(in + i * pitch, pitch, w, w_step, out + i * out_pitch,
+                                                         out_pitch, width);
     }
     for (; y < rows; y++)
         depthwise_band<V, K, D, S, FLIP, ADD, 1>(in + y * S * pitch, pitch, w, w_step, out + y * out_pitch, out_pitch,
@@ -130,14 +132,14 @@ template <int V, int K, int D, int S>
 INLINE void depthwise_weight(const float* in, long pitch, const float* d, long d_pitch, int rows, int width, float* out,
                              int out_step) {
     constexpr int R = S == 1 ? 2 : 1;
+    const int together = rows / (R * D) * (R * D);  // the others are taken one by one
     const auto taps = [&](auto tall, int first) INLINE_LAMBDA {
-        const int paired = rows / (R * D) * (R * D);
-        if (R > 1 && paired) depthwise_weight_taps<V, K, D, S, tall, R>(in, pitch, d, d_pitch, paired, width, first, out, out_step);
-        if (R == 1 || paired < rows) {
-            const int done = R == 1 ? 0 : paired;
-            depthwise_weight_taps<V, K, D, S, tall, 1>(in + done * pitch, pitch, d + done * d_pitch, d_pitch, rows - done,
+        const auto run = [&](auto r, int from, int count) INLINE_LAMBDA {
+            depthwise_weight_taps<V, K, D, S, tall, r>(in + from * S * pitch, pitch, d + from * d_pitch, d_pitch, count,
                                                        width, first, out, out_step);
-        }
+        };
+        if (together) run(Constant<R>{}, 0, together);
+        if (together < rows) run(Constant<1>{}, together, rows - together);
     };
     if constexpr (K == 3 || REGISTERS == 32) {
         taps(Constant<K>{}, 0);

@@ -6,7 +6,7 @@
 
 namespace FPDARTS_ISA {
 
-constexpr int NODE_CHUNK = 256;  // pixels of a node at a time: of each plane a run that is long enough to be fetched ahead
+constexpr int NODE_CHUNK = 256;  // pixels of a node at a time: runs of its planes that are long enough to be fetched ahead
 
 template <int V> class Forward : public Engine<V> {
     using Base = Engine<V>;
@@ -93,8 +93,8 @@ template <int V> class Forward : public Engine<V> {
     }
 
     template <int K, int D, int S>
-    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int thread, const ForwardBuffers& buffer,
-               MapSums<V>* sums) {
+    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int thread,
+               const ForwardBuffers& buffer, MapSums<V>* sums) {
         const int map = l.out_pixels;
         stage_forward<V, K, D, S>(tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map),
                                   Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);

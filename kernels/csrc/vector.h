@@ -151,7 +151,7 @@ template <int V, int L> INLINE Vec<L> repeated(Vec<L> v) {
 
 // V of the lanes, those from FIRST on.
 template <int V, int FIRST, int L, size_t... I> INLINE Vec<V> lanes_of(Vec<L> v, std::index_sequence<I...>) {
-#if __has_builtin(__builtin_shufflevector)
+#if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(v, v, int(FIRST + I)...);
 #else
     return Vec<V>{v[FIRST + I]...};
