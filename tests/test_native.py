@@ -91,6 +91,18 @@ def test_four_nodes(channels, partial, subsets, size, threads, kind):
     assert min(errors)[0] <= 1e-5, errors
 
 
+@pytest.mark.parametrize("n, channels, size", [(24, 16, (32, 32)), (260, 16, (7, 7)), (36, 36, (14, 14))], ids=str)
+def test_a_workspace_larger_than_the_caches(n, channels, size):
+    """Results are then written past them, which has rules of its own for where they begin."""
+    spec = CellSpec(channels, (64, 3 * channels), 2, DEFAULT_SUBSETS)
+    assert spec.statistics_rows * n * spec.slice_channels * size[0] * size[1] > 8 << 20  # CACHED in cell.h
+    given = arguments(spec, n, size)
+    expected, actual = (results(name, spec, given, torch.float32) for name in ("reference", "native"))
+    for name, value in expected.items():
+        error = (actual[name] - value).norm() / value.norm()
+        assert error < 1e-3, f"{name} is off by {error:.1e}"  # a tie of a few pixels is allowed
+
+
 def test_operators_are_what_pytorch_asks_of_one():
     spec = CellSpec(8, (12, 16), 2, DEFAULT_SUBSETS, 2, factorized_input=True)
     inputs, weights, alpha, beta, gates = arguments(spec)
