@@ -59,9 +59,9 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer, device: torch.device):
     To be called again when a state was loaded, which may come from another device.
     """
     cuda = device.type == "cuda"
-    fused = cuda or device.type == "cpu"
+    fused = device.type in ("cpu", "cuda")
     for group in optimizer.param_groups:
-        group["fused"] = True if fused else None
+        group["fused"] = fused or None
         group["lr"] = torch.as_tensor(float(group["lr"]), device=device) if cuda else float(group["lr"])
         if "capturable" in group:
             group["capturable"] = cuda

@@ -172,7 +172,7 @@ template <int V, class F> INLINE void over_pixels(int count, F&& f) {
     }
 }
 
-// The same of a run of blocks; both are multiples of V floats.
+// A run of blocks, stored past the caches; `to` is a multiple of V floats, `floats` too.
 template <int V> INLINE void copy_past(float* to, const float* from, int64_t floats) {
     int64_t i = 0;
     if (reinterpret_cast<uintptr_t>(to) % (4 * WIDEST)) store_past<8>(to, load<8>(from)), i = 8;
