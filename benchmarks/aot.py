@@ -24,7 +24,7 @@ from pathlib import Path
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 # kernels whose loads are single numbers or strided by their nature, and are a small part of all bytes
-NARROW = {"mix_fwd_kernel", "mix_bwd_kernel", "expand_kernel", "halves_kernel", "unpack_kernel"}
+NARROW = {"mix_fwd_kernel", "mix_bwd_kernel", "expand_kernel", "unpack_kernel"}
 NARROW |= {"arrange_kernel", "collect_kernel"}
 
 

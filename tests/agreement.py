@@ -143,9 +143,10 @@ GATES = {
 
 
 def cell(
-    channels=8, partial=2, nodes=1, reduction=False, factorized=False, gates="sampled", size=(6, 6), n=2, **options
-):
-    spec = CellSpec(channels, (12, 20), partial, options.get("subsets", DEFAULT_SUBSETS), nodes, reduction, factorized)
+    channels=8, partial=2, nodes=1, reduction=False, factorized=False, gates="sampled", size=(6, 6), n=2,
+    wide=(12, 20), **options,
+):  # fmt: skip
+    spec = CellSpec(channels, wide, partial, options.get("subsets", DEFAULT_SUBSETS), nodes, reduction, factorized)
     edges, paths = len(spec.edges), spec.paths
     sizes = (tuple(2 * side for side in size) if factorized else size), size
     inputs = {f"input {i}": torch.randn(n, c, *s) for i, (c, s) in enumerate(zip(spec.input_channels, sizes))}
@@ -192,6 +193,7 @@ SETTINGS = {
     "7x7": dict(size=(7, 7)),
     "5x9, one image": dict(size=(5, 9), n=1),
     "several tiles": dict(size=(8, 10), n=5, nodes=1),
+    "inputs of one width": dict(wide=(12, 12), size=(4, 4)),
     "one path of six operations": dict(subsets=(ALL,), reduction=True),
     "no convolution in a path": dict(subsets=(("none", "max_pool_3x3"), ("skip_connect", "sep_conv_3x3"))),
     "evaluation": dict(evaluation=True),

@@ -80,14 +80,14 @@ def activate(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 @kernel
 def convolve_fwd_kernel(
-    x_ptr, weight_ptr, out_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    x_ptr, other_ptr, weight_ptr, out_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, EDGE, SHARES, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
     WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, STATISTICS: tl.constexpr,
     P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew,
-    first output instance, output offset, edges, statistics row of x (of a second stage). With STATISTICS, those of the
+    first output instance, output offset, edges, whether it reads other in place of x. With STATISTICS, those of the
     outputs are left in partial[instance, tile], see leave_statistics.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
@@ -98,7 +98,7 @@ def convolve_fwd_kernel(
     opened = open_edges(opened_ptr, first, edges, EDGES)
     if opened == 0:
         return
-    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
+    x_ptr = tl.where(tl.load(jobs_ptr + 11) == 0, x_ptr, other_ptr) + tl.multiple_of(tl.load(jobs_ptr), 8)
     weight_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     weight_edge = tl.multiple_of(tl.load(jobs_ptr + 2).to(tl.int32), 8)
     out_ptr += tl.multiple_of(tl.load(jobs_ptr + 9), 8)
@@ -255,16 +255,17 @@ def _geometry(size, out_size):
 def convolve_fwd(
     x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, opened: Tensor, jobs: Tensor, *, n: int,
     size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, edge: int, shares: int,
-    weight_row: int, c_in: int, c: int, edges: int, training: bool, moved: float,
+    weight_row: int, c_in: int, c: int, edges: int, training: bool, moved: float, other: Tensor | None = None,
 ) -> int:  # fmt: skip
     """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
     training: statistics of the outputs are left in partial, which has place for so many shares of each instance; the
-    number of those that were left is returned."""
+    number of those that were left is returned. other: a map like x, for jobs that read that."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges, options = padded(edges), dot_options(out.dtype)
     options |= tuning.convolution(p_in, edges * p, options["PRECISION"], out.element_size(), training)
     tensors = {
-        "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs
+        "x_ptr": x, "other_ptr": x if other is None else other, "weight_ptr": weight, "out_ptr": out,
+        "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs,
     }  # fmt: skip
     launch(
         convolve_fwd_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),

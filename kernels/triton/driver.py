@@ -20,15 +20,13 @@ def _forward(spec, inputs, alpha, beta, gates, weights, statistics):
     dtype, device = inputs[0].dtype, inputs[0].device
     p = plan(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]), device, dtype)
     work = Forward(p, dtype, gates, statistics is None)
-    work.mix(alpha, beta)
+    work.mix(alpha, beta, weights)
     if statistics is not None:
         work.statistics["mean_ptr"][:-1] = statistics[0]
         work.statistics["inverse_ptr"][:-1] = (statistics[1] + EPSILON).rsqrt()
-    work.expand(weights)
 
     raw = torch.empty(2 * p.k * p.slice_in, dtype=dtype, device=device)
-    for i, x in enumerate(inputs):
-        work.preprocess(i, x, raw)
+    work.preprocess(inputs, raw)
     work.merge("inputs", ())
     work.normalize_states(raw)
     del raw

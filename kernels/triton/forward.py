@@ -7,7 +7,6 @@ from . import tuning
 from .convolution import convolve_fwd
 from .launch import is_counting, launch, padded, pieces
 from .mixture import mix_fwd_kernel, node_fwd_kernel, normalize_fwd_kernel
-from .packing import expand_kernel, halves_kernel
 from .plan import Plan
 from .pools import pool_fwd_kernel
 from .rows import rows_fwd
@@ -51,45 +50,41 @@ class Forward:
 
     # --- Forward ---
 
-    def mix(self, alpha, beta):
-        p = self.p
-        tensors = {"alpha_ptr": alpha, "beta_ptr": beta, "gates_ptr": self.gates, **p.mix_tables, **self.statistics}
-        tensors |= {"coefficients_ptr": self.coefficients, "opened_ptr": self.opened, "updated_ptr": self.updated}
-        block = padded(p.edges)
-        launch(
-            mix_fwd_kernel, (1 + pieces(p.instances + 1, block),), tensors | {"counters_ptr": self.counters}, 0,
-            EDGES=p.edges, ROWS=p.instances, LAST=p.one, COUNTERS=p.node_jobs, OPERATIONS=len(p.spec.operations),
-            PATHS=p.spec.paths, K=p.k, C=p.c, P=padded(p.c), BLOCK=block, USES=p.mix_tables["uses_ptr"].shape[1],
-        )  # fmt: skip
-
-    def expand(self, weights):
-        """Packed weights end to end, and the dense ones of the convolutions."""
+    def mix(self, alpha, beta, weights):
+        """Coefficients, what is open; packed weights end to end, and the dense ones of the convolutions."""
         p = self.p
         self.weights = torch.cat([weight.reshape(-1) for weight in weights])
         self.dense = torch.empty(p.dense_at["end"], dtype=self.dtype, device=p.device)
-        tensors = {"weights_ptr": self.weights, "out_ptr": self.dense}
         rows, jobs = p.jobs("expand", (), p.expand_jobs)
-        moved = self.weights.nbytes + self.dense.nbytes
-        if rows:
-            launch(expand_kernel, (len(rows),), tensors | {"jobs_ptr": jobs}, moved, C=p.c, P=padded(p.c))
-        rows, jobs = p.jobs("halves", (), p.halves_jobs)
-        if rows:
-            largest = max(job[6] * 2 * job[3] * job[5] for job in rows)
-            launch(halves_kernel, (pieces(largest, 512), len(rows)), tensors | {"jobs_ptr": jobs}, 0, BLOCK=512)
+        tensors = {"alpha_ptr": alpha, "beta_ptr": beta, "gates_ptr": self.gates, **p.mix_tables, **self.statistics}
+        tensors |= {"coefficients_ptr": self.coefficients, "opened_ptr": self.opened, "updated_ptr": self.updated}
+        tensors |= {"counters_ptr": self.counters}
+        tensors |= {"weights_ptr": self.weights, "dense_ptr": self.dense, "jobs_ptr": jobs}
+        block = padded(p.edges)
+        launch(
+            mix_fwd_kernel, (1 + pieces(p.instances + 1, block), 1 + len(rows)), tensors,
+            self.weights.nbytes + self.dense.nbytes, EDGES=p.edges, ROWS=p.instances, LAST=p.one, COUNTERS=p.node_jobs,
+            OPERATIONS=len(p.spec.operations), PATHS=p.spec.paths, K=p.k, C=p.c, P=padded(p.c), BLOCK=block,
+            USES=p.mix_tables["uses_ptr"].shape[1],
+        )  # fmt: skip
 
     def preprocess_weights(self, i: int) -> Tensor:
         return self.dense if self.p.preprocess_weight(i)[0] else self.weights
 
-    def preprocess(self, i, x, raw):
-        """Raw, not normalized, into raw's slices."""
+    def preprocess(self, inputs, raw):
+        """Raw, not normalized, into raw's slices. Inputs of one shape share a launch."""
         p = self.p
-        jobs = p.cached(("preprocess", i), lambda: [p.preprocess_job(i)])
-        count = convolve_fwd(
-            x, self.preprocess_weights(i), raw, self.partial, self.opened, jobs, **p.preprocess_shape(i),
-            x_row=x.shape[1], out_row=p.c, edge=p.slice_in, shares=p.shares, weight_row=p.c * p.k, edges=p.k,
-            training=self.training, moved=self.moved(lambda: x.numel() + p.m_in * p.c * p.k),
-        )  # fmt: skip
-        self.left += [(i * p.k + s, count) for s in range(p.k)]
+        alike = p.preprocess_shape(0) == p.preprocess_shape(1)
+        for group in ((0, 1),) if alike else ((0,), (1,)):
+            i, x = group[0], inputs[group[0]]
+            jobs = p.cached(("preprocess", group), lambda: [p.preprocess_job(j, j > i) for j in group])
+            elements = len(group) * (x.numel() + p.m_in * p.c * p.k)
+            count = convolve_fwd(
+                x, self.preprocess_weights(i), raw, self.partial, self.opened, jobs, **p.preprocess_shape(i),
+                x_row=x.shape[1], out_row=p.c, edge=p.slice_in, shares=p.shares, weight_row=p.c * p.k, edges=p.k,
+                training=self.training, moved=self.moved(lambda: elements), other=inputs[group[-1]],
+            )  # fmt: skip
+            self.left += [(j * p.k + s, count) for j in group for s in range(p.k)]
 
     def normalize_states(self, raw):
         p = self.p

@@ -7,39 +7,52 @@ from torch import Tensor
 from .launch import kernel, launch, padded, pieces
 
 
-@kernel
-def expand_kernel(weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr):
-    """Grid (jobs,), a stage of an edge each: depthwise offset, pointwise offset, taps, out offset.
-    out[tap, i, o] = depthwise[tap, i] * pointwise[i, o].
-    """
-    jobs_ptr += tl.program_id(0) * 4
-    depthwise_ptr, pointwise_ptr = weights_ptr + tl.load(jobs_ptr), weights_ptr + tl.load(jobs_ptr + 1)
-    out_ptr += tl.load(jobs_ptr + 3)
+@triton.jit
+def _product(weights_ptr, out_ptr, job_ptr, C: tl.constexpr, P: tl.constexpr):
+    """A stage of an edge. Depthwise offset, pointwise offset, taps, out offset:
+    out[tap, i, o] = depthwise[tap, i] * pointwise[i, o]."""
+    depthwise_ptr, pointwise_ptr = weights_ptr + tl.load(job_ptr), weights_ptr + tl.load(job_ptr + 1)
+    out_ptr += tl.load(job_ptr + 3)
     ci, co = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
     mask = (ci < C) & (co < C)
     pointwise = tl.load(pointwise_ptr + ci * C + co, mask=mask, other=0.0)
-    for tap in range(0, tl.load(jobs_ptr + 2).to(tl.int32)):
+    for tap in range(tl.program_id(0), tl.load(job_ptr + 2).to(tl.int32), tl.num_programs(0)):
         depthwise = tl.load(depthwise_ptr + tap * C + ci, mask=ci < C, other=0.0)
         tl.store(out_ptr + (tap * C + ci) * C + co, (depthwise * pointwise).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _halves(weights_ptr, out_ptr, job_ptr, BLOCK: tl.constexpr):
+    """A factorized reduction. Even offset, odd offset, out offset, rows, columns of even, columns of both, edges.
+    out[e, tap, row, column]: of tap 0 the first columns are even's, of tap 1 the last are odd's, the others 0."""
+    rows, half, width = tl.load(job_ptr + 3), tl.load(job_ptr + 4), tl.load(job_ptr + 5)
+    size = tl.load(job_ptr + 6) * 2 * rows * width
+    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < size
+        column, row, tap, e = i % width, (i // width) % rows, (i // (width * rows)) % 2, i // (width * rows * 2)
+        even = mask & (tap == 0) & (column < half)
+        odd = mask & (tap == 1) & (column >= half)
+        value = tl.load(weights_ptr + tl.load(job_ptr) + (e * rows + row) * half + column, mask=even, other=0.0)
+        at = tl.load(job_ptr + 1) + (e * rows + row) * (width - half) + column - half
+        value += tl.load(weights_ptr + at, mask=odd, other=0.0)
+        tl.store(out_ptr + tl.load(job_ptr + 2) + i, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expand(weights_ptr, out_ptr, job_ptr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """Dense weights of a job, shared out to the programs of axis 0. A job: kind (0: see _product, 1: see _halves), and
+    what it needs."""
+    if tl.load(job_ptr) == 1:
+        _halves(weights_ptr, out_ptr, job_ptr + 1, BLOCK)
+    else:
+        _product(weights_ptr, out_ptr, job_ptr + 1, C, P)
+
+
 @kernel
-def halves_kernel(weights_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr):
-    """The dense weights of factorized reductions. Grid (blocks, jobs): even offset, odd offset, out offset, rows,
-    columns of even, columns of both, edges. out[e, tap, row, column]: of tap 0 the first columns are even's, of tap 1
-    the last are odd's, the others 0.
-    """
-    jobs_ptr += tl.program_id(1) * 7
-    rows, half, width = tl.load(jobs_ptr + 3), tl.load(jobs_ptr + 4), tl.load(jobs_ptr + 5)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < tl.load(jobs_ptr + 6) * 2 * rows * width
-    column, row, tap, e = i % width, (i // width) % rows, (i // (width * rows)) % 2, i // (width * rows * 2)
-    even = mask & (tap == 0) & (column < half)
-    odd = mask & (tap == 1) & (column >= half)
-    value = tl.load(weights_ptr + tl.load(jobs_ptr) + (e * rows + row) * half + column, mask=even, other=0.0)
-    at = tl.load(jobs_ptr + 1) + (e * rows + row) * (width - half) + column - half
-    value += tl.load(weights_ptr + at, mask=odd, other=0.0)
-    tl.store(out_ptr + tl.load(jobs_ptr + 2) + i, value.to(out_ptr.dtype.element_ty), mask=mask)
+def expand_kernel(weights_ptr, out_ptr, jobs_ptr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (programs, jobs). For stages alone; a cell's are expanded by mix_fwd_kernel."""
+    expand(weights_ptr, out_ptr, jobs_ptr + tl.program_id(1) * 8, C, P, BLOCK)
 
 
 @triton.jit

@@ -139,9 +139,9 @@ class _Expand(torch.autograd.Function):
         ctx.save_for_backward(weights)
         ctx.shape = edges, taps, c
         out = torch.empty(edges, taps, c, c, device=depthwise.device)
-        jobs = [[e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c] for e in range(edges)]
+        jobs = [[0, e * taps * c, (edges * taps + e * c) * c, taps, e * taps * c * c, 0, 0, 0] for e in range(edges)]
         tensors = {"weights_ptr": weights, "out_ptr": out, "jobs_ptr": _table(jobs, out.device)}
-        launch(expand_kernel, (edges,), tensors, 0, C=c, P=padded(c))
+        launch(expand_kernel, (4, edges), tensors, 0, C=c, P=padded(c), BLOCK=512)
         return out
 
     @staticmethod

@@ -90,39 +90,30 @@ class Plan(Layout):
 
     # --- Jobs of the forward ---
 
-    def preprocess_job(self, i: int) -> list[int]:
+    def preprocess_job(self, i: int, is_other: bool) -> list[int]:
         """The slices of the state are its edges: they lie side by side in the weights' columns."""
         return [
-            0,
-            self.preprocess_weight(i)[1],
-            self.c,
-            *self.preprocess_geometry(i),
-            i * self.k,
-            i * self.k * self.slice_in,
-            self.k,
-            0,
-        ]
+            0, self.preprocess_weight(i)[1], self.c, *self.preprocess_geometry(i), i * self.k,
+            i * self.k * self.slice_in, self.k, int(is_other),
+        ]  # fmt: skip
 
     def expand_jobs(self):
+        """Of dense weights: products of two factors, and halves of factorized reductions."""
         jobs = []
         for v in self.convolutions:
             if not v.skew:
                 for row in range(self.edges):
                     jobs.append([
-                        self.weight_at[v.depthwise] + row * v.taps * self.c,
+                        0, self.weight_at[v.depthwise] + row * v.taps * self.c,
                         self.weight_at[v.pointwise] + row * self.c * self.c,
-                        v.taps, self.dense_at[v.name] + row * v.taps * self.c * self.c,
+                        v.taps, self.dense_at[v.name] + row * v.taps * self.c * self.c, 0, 0, 0,
                     ])  # fmt: skip
-        return jobs
-
-    def halves_jobs(self):
-        jobs = []
         found = [(v.name, self.c, self.c, self.spec.strided_rows) for v in self.convolutions if v.skew]
         if self.spec.factorized_input:
             found.append(("preprocess0", self.spec.input_channels[0], self.c * self.k, 1))
         for name, rows, width, edges in found:
             even, odd = self.weight_at[f"{name}_even"], self.weight_at[f"{name}_odd"]
-            jobs.append([even, odd, self.dense_at[name], rows, width // 2, width, edges])
+            jobs.append([1, even, odd, self.dense_at[name], rows, width // 2, width, edges])
         return jobs
 
     def first_stage_jobs(self, group):
