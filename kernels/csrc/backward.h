@@ -253,7 +253,10 @@ template <int V> class Backward : public Gradients<V> {
         std::fill_n(out, l.out_pixels * V, 0.0f);
         for (size_t k = 0; k < edges.size(); k++) {
             const float* d = d_node(edges[k]->node, slice) + at;
-            for (int i = 0; i < l.out_pixels; i++) add_to<V>(out + i * V, scales[k] * load<V>(d + i * V));
+            over_pixels<V>(l.out_pixels, [=, scale = scales[k]](int i, auto lanes) {
+                constexpr int L = lanes;
+                add_to<L>(out + i * V, scale * load<L>(d + i * V));
+            });
         }
     }
 
@@ -294,7 +297,10 @@ template <int V> class Backward : public Gradients<V> {
             mix(edges, scales, slice, at, mixed);
             float* to = d_map + int64_t(b) * size * V;
             if (l.stride(source) == 1) {
-                for (int i = 0; i < size; i++) add_to<V>(to + i * V, load<V>(mixed + i * V));
+                over_pixels<V>(size, [=](int i, auto lanes) {
+                    constexpr int L = lanes;
+                    add_to<L>(to + i * V, load<L>(mixed + i * V));
+                });
             } else {
                 halve_map_backward<V>(map + int64_t(b) * size * V, a.work + l.bypass(source, slice) + at, l.size[0],
                                       l.size[1], to, mixed);
@@ -304,9 +310,11 @@ template <int V> class Backward : public Gradients<V> {
 
     // What the convolutions sent back, where ReLU let their input through.
     void add_convolved(const float* convolved, const float* map, int height, int width, float* d_map) const {
-        for (int y = 0; y < l.blocks * height; y++, convolved += padded(width) * V)
-            for (int x = 0; x < width; x++, map += V, d_map += V)
-                add_to<V>(d_map, where_positive<V>(load<V>(map), load<V>(convolved + x * V)));
+        for (int y = 0; y < l.blocks * height; y++, convolved += padded(width) * V, map += width * V, d_map += width * V)
+            over_pixels<V>(width, [=](int x, auto lanes) {
+                constexpr int L = lanes;
+                add_to<L>(d_map + x * V, where_positive<L>(load<L>(map + x * V), load<L>(convolved + x * V)));
+            });
     }
 
     // --- Matrix products ---

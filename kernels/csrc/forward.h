@@ -199,7 +199,7 @@ template <int V> class Forward : public Engine<V> {
             if (!training) continue;
             MapSums<V> sums;
             sums.begin(load<V>(out));
-            for (int y = 0; y < l.out_size[0]; y++) sums.row(out + int64_t(y) * l.out_size[1] * V, l.out_size[1]);
+            for (int i = 0; i < l.out_pixels; i += CHUNK) sums.add(out + int64_t(i) * V, std::min(CHUNK, l.out_pixels - i));
             merge(thread, o.row[0] + source, b, sums, l.out_pixels);
         }
     }

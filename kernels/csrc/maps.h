@@ -54,6 +54,7 @@ void fill_tile(float* tile, const Tile& t, int blocks, const float* map, const N
             const float* from = map + (int64_t(b) * t.height + y) * t.width * V;
             over_pixels<V>(t.width, [=](int x, auto lanes) {
                 constexpr int L = lanes;
+                fetch_ahead(from + x * V);
                 const Vec<L> value = own.template apply<L>(load<L>(from + x * V));
                 store<L>(to + x * V, RELU ? relu<L>(value) : value);
             });

@@ -83,7 +83,7 @@ template <int V> struct Dense {
             for (int part = 0; part <= two; part++, out += each) {
                 const float* from = image + pixel(width, first + i, part) * inputs;
                 int k = 0;
-                for (; k + V <= inputs; k += V) store<V>(out + k, relu<V>(load<V>(from + k)));
+                for (; k + V <= inputs; k += V) fetch_ahead(from + k), store<V>(out + k, relu<V>(load<V>(from + k)));
                 for (; k < inputs; k++) out[k] = from[k] < 0 ? 0 : from[k];
             }
     }
@@ -175,7 +175,7 @@ void dense_forward(const Dense<V>& d, const float* w, int map, bool summed, cons
             for (int i = 0; i < count; i++) store<V>(to + i * V, load<V>(products + i * columns + column * V));
             if (!summed) continue;
             if (first == 0) buffer.sums[column].begin(load<V>(to));
-            buffer.sums[column].row(to, count);
+            buffer.sums[column].add(to, count);
         }
     }
 }

@@ -9,25 +9,26 @@ namespace FPDARTS_ISA {
 
 constexpr int CHUNK = 64;  // pixels of a matrix product or a node at a time: they stay in the first cache
 
-// The sums of one block of a map that is being written: about its first value, by rows, so that few digits are lost.
+// The sums of one block of a map that is being written: about its first value, by runs, so that few digits are lost.
 template <int V> struct MapSums {
     Vec<V> shift{}, sum{}, squares{};
     INLINE void begin(Vec<V> first) { shift = first, sum = squares = Vec<V>{}; }
-    INLINE void row(const float* values, int count) {
-        constexpr int CHAINS = 4;  // of additions, which wait for each other
-        Vec<V> s[CHAINS] = {}, q[CHAINS] = {};
+    INLINE void add(const float* values, int count) {
+        constexpr int CHAINS = 4, M = PACK<V>, L = M * V;  // chains of additions, which wait for each other
+        const Spread<V> about(shift);
+        Vec<L> s[CHAINS] = {}, q[CHAINS] = {};
         int i = 0;
-        for (; i + CHAINS <= count; i += CHAINS) {
+        for (; i + CHAINS * M <= count; i += CHAINS * M) {
             UNROLL for (int k = 0; k < CHAINS; k++) {
-                const Vec<V> v = load<V>(values + (i + k) * V) - shift;
+                const Vec<L> v = load<L>(values + (i + k * M) * V) - about.all;
                 s[k] += v, q[k] += v * v;
             }
         }
+        sum += folded<V, L>((s[0] + s[1]) + (s[2] + s[3])), squares += folded<V, L>((q[0] + q[1]) + (q[2] + q[3]));
         for (; i < count; i++) {
             const Vec<V> v = load<V>(values + i * V) - shift;
-            s[0] += v, q[0] += v * v;
+            sum += v, squares += v * v;
         }
-        sum += (s[0] + s[1]) + (s[2] + s[3]), squares += (q[0] + q[1]) + (q[2] + q[3]);
     }
 };
 
@@ -85,16 +86,16 @@ void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks,
                 w.depthwise + b * V * PACK<V>, lanes * PACK<V>, buffer.seen + b * seen_block, wide * V, rows, width);
         const Steps own = buffer.made ? Steps::in_blocks<V>(rows, width) : steps;
         float* made = buffer.made ? buffer.made : out + first * steps.row;
-        for (int y = 0; y < rows; y++, made += own.row) {
+        for (int y = 0; y < rows; y++) {
+            float* row = made + y * own.row;
             pointwise_rows<V>(buffer.seen + y * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks, width,
                               [=](int x, int o, Vec<V> v) INLINE_LAMBDA {
-                                  store<V>(made + o * own.block + x * own.pixel, v);
+                                  store<V>(row + o * own.block + x * own.pixel, v);
                               });
-            if (!sums) continue;
-            for (int b = 0; b < blocks; b++) {
-                if (first + y == 0) sums[b].begin(load<V>(made + b * own.block));
-                sums[b].row(made + b * own.block, width);
-            }
+        }
+        for (int b = 0; b < blocks && sums; b++) {
+            if (first == 0) sums[b].begin(load<V>(made + b * own.block));
+            sums[b].add(made + b * own.block, rows * width);
         }
         for (int b = 0; b < blocks && buffer.made; b++)
             copy_past<V>(out + first * steps.row + b * steps.block, buffer.made + b * own.block, own.block);

@@ -145,6 +145,7 @@ struct Factors {
         const Spread<V> shifts(load<V>(&shift[block * V])), means(load<V>(&mean[block * V]));
         over_pixels<V>(count, [=](int i, auto lanes) {
             constexpr int L = lanes;
+            fetch_ahead(g + i * V), fetch_ahead(raw + i * V);
             const Vec<L> centred = load<L>(raw + i * V) - means.template as<L>();
             store<L>(out + i * V, by.template as<L>() * load<L>(g + i * V) +
                                       (slopes.template as<L>() * centred + shifts.template as<L>()));
@@ -155,7 +156,7 @@ struct Factors {
                           float scale = 1) const {
         const Vec<V> by = scale * load<V>(&factor[block * V]), slopes = load<V>(&slope[block * V]);
         const Vec<V> shifts = load<V>(&shift[block * V]), means = load<V>(&mean[block * V]);
-        for (int i = 0; i < count; i++)
+        for (int i = 0; i < count; i++, fetch_ahead(g + i * V), fetch_ahead(raw + i * V))
             store<V>(out + i * step, by * load<V>(g + i * V) + (slopes * (load<V>(raw + i * V) - means) + shifts));
     }
 };
