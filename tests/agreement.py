@@ -6,6 +6,7 @@ FPDARTS_TESTED names is tested, and TRITON_INTERPRET is read once, when triton i
 
 import math
 import os
+import weakref
 
 import pytest
 import torch
@@ -329,6 +330,26 @@ def test_an_architecture_step_computes_no_gradient_of_weights():
     for name in ("convolve_wgrad_kernel", "rows_wgrad_kernel", "collect_kernel", "unpack_kernel"):
         assert launched.launches[name] == 0
     assert launched.launches["mix_bwd_kernel"] == 3
+
+
+@triton_only
+def test_backward_lets_go_of_a_cells_maps(monkeypatch):
+    """Cell by cell, though the output still holds the graph."""
+    from fpdarts.kernels.triton import driver
+
+    kept = []
+
+    class Watched(driver.Forward):
+        def __init__(self, *given):
+            super().__init__(*given)
+            kept.append(weakref.ref(self.space))
+
+    monkeypatch.setattr(driver, "Forward", Watched)
+    model = SuperNet(5, 4, 1, nodes=1, kernels=TESTED)
+    out = model(torch.randn(2, 3, 4, 4), GateSampler(*model.gate_shape).sample())
+    assert [space() is None for space in kept] == [False]
+    torch.autograd.grad(out.sum(), model.architecture_parameters(), materialize_grads=True)
+    assert [space() is None for space in kept] == [True]
 
 
 def test_two_runs_give_the_same_bits():

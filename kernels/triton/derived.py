@@ -6,6 +6,7 @@ the same way back: sums over the gradient of a node, from which those of its nor
 of convolutions, which do the normalizations' backward as they load; weights last, all at once.
 """
 
+import copy
 import math
 
 import torch
@@ -30,7 +31,8 @@ class _DerivedCell(torch.autograd.Function):
             work.preprocess(i, x)
         for level in range(len(p.levels)):
             work.level(level, out)
-        ctx.save_for_backward(x0, x1)
+        ctx.save_for_backward(x0, x1, work.space, work.index)  # see driver.py
+        del work.space, work.index
         ctx.work = work
         ctx.mark_non_differentiable(work.mean, work.variance)
         ctx.set_materialize_grads(False)
@@ -39,7 +41,8 @@ class _DerivedCell(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, *_):
-        inputs, work, p = ctx.saved_tensors, ctx.work, ctx.work.p
+        work, p = copy.copy(ctx.work), ctx.work.p
+        *inputs, work.space, work.index = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:]
         gradients = Gradients(work, d_out.to(work.dtype).contiguous(memory_format=torch.channels_last))
         for level in reversed(range(len(p.levels))):

@@ -4,6 +4,7 @@ Forward, group by group of source states (both inputs together, then node by nod
 edges that leave the group, second stages, and the node that is then complete. Backward, the same way back.
 """
 
+import copy
 import math
 
 import torch
@@ -51,7 +52,9 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, gates, statistics, x0, x1, alpha, beta, *weights):
         out, work = _forward(spec, (x0, x1), alpha, beta, gates, weights, statistics)
-        ctx.save_for_backward(x0, x1, alpha, beta)
+        # autograd lets go of what is saved when backward is done, of what ctx holds only together with the whole graph
+        ctx.save_for_backward(x0, x1, alpha, beta, work.space, work.index)
+        del work.space, work.index
         ctx.work, ctx.sizes = work, [weight.shape for weight in weights]
         mean, variance = work.statistics["mean_ptr"][:-1], work.statistics["variance_ptr"]
         ctx.mark_non_differentiable(mean, variance, work.updated)
@@ -61,8 +64,8 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, *_):
-        x0, x1, alpha, beta = ctx.saved_tensors
-        work, p = ctx.work, ctx.work.p
+        work, p = copy.copy(ctx.work), ctx.work.p
+        x0, x1, alpha, beta, work.space, work.index = ctx.saved_tensors
         need_x, need_mix, need = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:7], ctx.needs_input_grad[7:]
         d_out = d_out.to(work.dtype).contiguous(memory_format=torch.channels_last)
         gradients = Backward(work, d_out.permute(0, 2, 3, 1).reshape(-1, d_out.shape[1]))

@@ -105,13 +105,17 @@ class Layout:
     def bypass(self, source: int, s: int) -> int:
         return self.bypass_start + (source * self.k + s) * self.slice
 
-    def index(self, source: int, s: int, of_bypass: bool = False) -> int:
-        """Of the maxima, in a buffer of its own."""
-        return ((self.nodes + 1 if of_bypass else 0) + source) * self.k * self.slice + s * self.slice
+    def index(self, source: int) -> int:
+        """Of a state's maxima, in a buffer of its own: one path at most pools them."""
+        return source * self.slice
+
+    def bypass_index(self, source: int, s: int) -> int:
+        """Of the bypass of an input state, at stride 2, behind those."""
+        return (self.nodes + 1 + source * self.k + s) * self.slice
 
     @property
     def index_size(self) -> int:
-        return (self.nodes + 3) * self.k * self.slice
+        return self.bypass_index(2 if self.strided else 0, 0)
 
     def node_gradient(self, node: int, s: int) -> int:
         return (node * self.k + s) * self.slice

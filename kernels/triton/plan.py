@@ -27,7 +27,7 @@ class Plan(Layout):
         """The most tiles that a map is cut into, which leave shares of its statistics or of sums."""
         edges = {1, *(padded(len(rows)) for rows in self.spec.rows_by_source)}
         options = [forward_options(self.c, count, self.dtype) for count in edges]
-        options.append(data_gradient_options(self.c, 1, self.dtype))
+        options.append(data_gradient_options(self.c, 1, self.outer[1], self.dtype))
         return max(tuning.tiles(max(self.m, self.m_in)), *(rows_tiles(self.n, self.outer, o) for o in options))
 
     # --- Tables ---
@@ -149,11 +149,11 @@ class Plan(Layout):
             for name, path in self.poolings:
                 instance = self.spec.statistics[name][source]
                 mode = MAXIMUM if name.startswith("max") else AVERAGE
-                jobs.append([self.state(source, path), self.raw(instance), self.index(source, path), mode, instance])
+                jobs.append([self.state(source, path), self.raw(instance), self.index(source), mode, instance])
             if self.spec.stride(source) == 2:
                 for s in range(self.k):
                     jobs.append([
-                        self.state(source, s), self.bypass(source, s), self.index(source, s, True), BYPASS, -1
+                        self.state(source, s), self.bypass(source, s), self.bypass_index(source, s), BYPASS, -1
                     ])  # fmt: skip
         return jobs
 
@@ -281,14 +281,14 @@ class Plan(Layout):
                     if path == s:
                         instance = self.spec.statistics[name][source]
                         mode = MAXIMUM if name.startswith("max") else AVERAGE
-                        poolings.append([self.raw(instance) - self.raw_start, self.index(source, s), mode, instance])
+                        poolings.append([self.raw(instance) - self.raw_start, self.index(source), mode, instance])
                 convolved = rows and any(
                     v.stage == 0 and v.path == s and self.has_row(v, rows.start) for v in self.convolutions
                 )
                 out = self.state_gradient(group, source, s) if source < 2 else self.node_gradient(source - 2, 0)
                 jobs.append([
                     self.state_gradient(group, source, s) if convolved else -1, first, len(poolings) - first,
-                    self.index(source, s, True) if source < 2 else 0, start, len(through) - start,
+                    self.bypass_index(source, s) if source < 2 else 0, start, len(through) - start,
                     self.state(source, s), out, s, self.instance_sums + 2 * (source * self.k + s),
                 ])  # fmt: skip
         return jobs, poolings, through
