@@ -400,9 +400,9 @@ def rows_fwd(
     return count
 
 
-def data_gradient_options(c: int, edges: int, dtype: torch.dtype) -> dict:
+def data_gradient_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
     options, wide = dot_options(dtype), padded(edges) * padded(c)
-    return options | tuning.rows_data_gradient(padded(c), wide, options["PRECISION"], dtype.itemsize)
+    return options | tuning.rows_data_gradient(padded(c), wide, width, options["PRECISION"], dtype.itemsize)
 
 
 def rows_dgrad(
@@ -412,8 +412,9 @@ def rows_dgrad(
 ) -> int:  # fmt: skip
     """As convolve_dgrad, of stride 2 too. size: of x. Returns how many shares of sums a job leaves in partial, with
     normalize."""
-    edges = edges if normalize else max(edges, 2)  # alone, one would be a kernel of its own, and spill
-    options = data_gradient_options(c, edges, dx.dtype)
+    if not normalize:  # one alone would be a kernel of its own, and spill; of fewer than 16 columns loads are narrow
+        edges = max(edges, 2, 16 // padded(c))
+    options = data_gradient_options(c, edges, size[1], dx.dtype)
     count = rows_tiles(n, tuple(pieces(side, stride) for side in size), options)
     tensors = {
         "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, **normalizing,
@@ -428,10 +429,10 @@ def rows_dgrad(
     return count
 
 
-def _wgrad_options(c: int, edges: int, dtype: torch.dtype) -> dict:
+def _wgrad_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
     options = dot_options(dtype)
     return options | tuning.rows_weight_gradient(
-        padded(c), padded(edges) * padded(c), options["PRECISION"], dtype.itemsize
+        padded(c), padded(edges) * padded(c), width, options["PRECISION"], dtype.itemsize
     )
 
 
@@ -446,7 +447,7 @@ def rows_wgrad_parts(
     n: int, size: tuple[int, int], c: int, edges: int, side: int, jobs: int, dtype: torch.dtype
 ) -> int:  # fmt: skip
     """As convolution.wgrad_parts."""
-    options = _wgrad_options(c, edges, dtype)
+    options = _wgrad_options(c, edges, size[1], dtype)
     return wgrad_grid(rows_tiles(n, size, options), jobs, c, side, options)[0]
 
 
@@ -456,7 +457,7 @@ def rows_wgrad(
     parts: int, distance: int, moved: float,
 ):  # fmt: skip
     """As convolve_wgrad."""
-    options = _wgrad_options(c, edges, x.dtype)
+    options = _wgrad_options(c, edges, size[1], x.dtype)
     tensors = {"d_ptr": d, "x_ptr": x, "partial_ptr": partial, **normalizing, "opened_ptr": opened, "jobs_ptr": jobs}
     launch(
         rows_wgrad_kernel, (parts, len(jobs), pieces(side * padded(c), options["WIDE"])), tensors, moved, IMAGES=n,

@@ -108,21 +108,26 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
     return _rows(64 if columns == 128 else 32, 2 if columns == 128 else 1, 32, 8)
 
 
-def rows_data_gradient(wide: int, summed: int, precision: str, size: int) -> dict:
-    """summed: channels that a product sums over, of all edges of a segment."""
+def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size: int) -> dict:
+    """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
-        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4)
+        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4, None)
     if wide >= 32:
         return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8, None) if size == 2 else _rows(64, 2, 16, 4))
     if wide == 8 and summed == 8:
         return columns | _rows(64, 4, 16, 2, 168 if size == 2 else 255)
     if size == 4:
         return columns | _rows(32, 4, 16, 2, 168 if wide == 8 else 255)
-    return columns | _rows(32, 8, min(32, max(16, summed)), 2, 168 if wide == 8 else None if summed == 32 else 255)
+    registers = 168 if wide == 8 else 255
+    if wide == 8 and summed == 32 and width != 32:
+        registers = 200
+    elif wide == 16 and (summed == 32 or width < 8):
+        registers = None
+    return columns | _rows(32, 8, min(32, max(16, summed)), 2, registers)
 
 
-def rows_weight_gradient(wide: int, columns: int, precision: str, size: int) -> dict:
+def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     if size == 4 and precision == "ieee":
         return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8)
     if size == 4:
@@ -131,7 +136,10 @@ def rows_weight_gradient(wide: int, columns: int, precision: str, size: int) -> 
         return _rows(64, 4 if wide == 16 else 2, min(32, wide), 4 if columns == 64 else 8)
     if wide >= 32:
         return _rows(32, 4, 32, 2)
-    return _rows(32, 4, 16, 2 if columns == 32 else 1, 168 if columns <= 16 and wide == 8 else 255)
+    registers = 168 if columns <= 16 and wide == 8 else 255
+    if columns == wide == 8 and width != 32:
+        registers = None
+    return _rows(32, 4, 16, 2 if columns == 32 else 1, registers)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
