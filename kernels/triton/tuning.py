@@ -112,7 +112,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
-        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4, None)
+        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4)
     if wide >= 32:
         return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8, None) if size == 2 else _rows(64, 2, 16, 4))
     if wide == 8 and summed == 8:
