@@ -92,7 +92,7 @@ def _rows(block: int, tall: int, wide: int, warps: int, registers: int | None = 
 def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two."""
     if size == 4 and precision == "ieee":
-        return _rows(32, 2 if 8 < columns <= 32 and wide < 32 else 1, 16, 4 if columns < 128 else 8)
+        return _rows(32, 2 if wide < columns <= 32 else 1, 16, 4 if columns < 128 else 8)
     if size == 4:
         if columns <= 32 and wide < 32:
             return _rows(32, 2, 16, 2)
