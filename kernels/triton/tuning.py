@@ -100,7 +100,7 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
             32, 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1, 16, 4 if columns < 128 else 8
         )
     if columns <= 32 and wide < 32:
-        return _rows(32, 8 if columns == wide else 4, 16, 2)
+        return _rows(32, 8 if columns == wide else 4, 16, 2, None if wide == 8 and columns == 32 else 255)
     if columns == 32:
         return _rows(64, 4, 16, 4)
     if columns == 64:
