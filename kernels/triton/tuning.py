@@ -109,7 +109,8 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
 
 
 def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size: int) -> dict:
-    """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
+    """summed: channels that a product sums over, of all edges of a segment. width: of the map; with it changes what the
+    compiler makes of the same number of registers."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
         return columns | _rows(32, 2 if wide == 32 else 1, 16, 4)
