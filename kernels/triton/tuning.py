@@ -139,7 +139,7 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(32, 4, 32, 2)
     registers = 168 if columns <= 16 and wide == 8 else 255
     if columns == wide == 8 and width != 32:
-        registers = None
+        registers = 208
     return _rows(32, 4, 16, 2 if columns == 32 else 1, registers)
 
 
