@@ -133,8 +133,10 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8)
     if size == 4:
         return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
-    if columns >= 64:
-        return _rows(64, 4 if wide == 16 else 2, min(32, wide), 4 if columns == 64 else 8)
+    if columns > 64:
+        return _rows(64, 4 if wide == 16 else 2, min(32, wide), 8, None)
+    if columns == 64:
+        return _rows(64, 4 if wide == 16 else 2, min(32, wide), 4)
     if wide >= 32:
         return _rows(32, 4, 32, 2)
     registers = 168 if columns <= 16 and wide == 8 else 255
