@@ -50,19 +50,20 @@ template <int V> class Parts {
         std::vector<std::vector<float>> gradients(threads, std::vector<float>(a.d_depthwise ? edges * each : 0));
         for_images(n, threads, [&](int thread) {
             const auto buffer = StageBuffers::take<V>(t, d, blocks);
-            float* d_out = arena().take(blocks * out_pixels * V);
             const int map = blocks * t.height * padded(t.width) * V;
-            return [&, buffer, d_out, thread, map](int image) {
+            return [&, buffer, thread, map](int image) {
                 for (int e = 0; e < edges; e++) {
                     const bool fresh = e == 0 || a.own;
                     if (fresh) fill(buffer.tile, t, image, e), std::fill_n(buffer.d_map, map, 0.0f);
-                    gather(a.d_out, edges * c, e * c, image, out_pixels, d_out);
+                    const float* d_out = a.d_out + int64_t(image) * out_pixels * edges * c + e * c;
                     float* own = a.d_depthwise ? &gradients[thread][e * each] : nullptr;
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
                         stage_backward<V, k, dilation, s, true>(
                             buffer, t, d, weights.of(e), blocks, own, own ? own + taps : nullptr,
                             [&](int b, int first, int count, float* to) {
-                                std::copy_n(d_out + (int64_t(b) * out_pixels + first) * V, count * V, to);
+                                for (int i = 0; i < count; i++)
+                                    store<V>(to + i * V,
+                                             load_some<V>(d_out + int64_t(first + i) * edges * c + b * V, c - b * V));
                             });
                     });
                     if (a.d_x && (a.own || e == edges - 1)) write_input_gradient(buffer, t, image, e);
