@@ -114,7 +114,7 @@ def rows_fwd_kernel(
     NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """As convolve_fwd_kernel."""
+    """As convolve_fwd_kernel, but the last number of a job is the statistics row of x, of a second stage."""
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
     side, dilation = tl.load(jobs_ptr + 4).to(tl.int32), tl.load(jobs_ptr + 5).to(tl.int32)
     first, edges = tl.load(jobs_ptr + 8).to(tl.int32), tl.load(jobs_ptr + 10).to(tl.int32)
