@@ -58,8 +58,8 @@ template <int V> INLINE void store_some(float* p, Vec<V> v, int count) {
     if (count >= V) return store<V>(p, v);
     for (int i = 0; i < count; i++) p[i] = v[i];
 }
-// A map is read while the arithmetic waits for it: the processor's own prefetching begins anew at each page. Took 2 to 5 %
-// off a search step on an Intel Xeon, the more the busier its memory was.
+// Of a map that is read from one end to the other. Took 2 to 5 % off a search step on an Intel Xeon, where its memory was
+// busier more.
 INLINE void fetch_ahead(const float* p) {
     constexpr int PAGES = 2;
     __builtin_prefetch(p + PAGES * 1024, 0, 2);  // into the second cache
