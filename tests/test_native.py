@@ -103,6 +103,20 @@ def test_a_workspace_larger_than_the_caches(n, channels, size):
         assert error < 1e-3, f"{name} is off by {error:.1e}"  # a tie of a few pixels is allowed
 
 
+def test_the_same_bits_whichever_thread_was_faster():
+    """Threads take images as they are free; with more of them than cores that is another way each time."""
+    spec, before = CellSpec(16, (32, 48), 2, DEFAULT_SUBSETS), torch.get_num_threads()
+    given = arguments(spec, 23, (16, 16))
+    torch.set_num_threads(2 * os.cpu_count() + 1)
+    try:
+        runs = [results("native", spec, given, torch.float32) for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for name, value in runs[0].items():
+            assert torch.equal(run[name], value), name
+
+
 def test_operators_are_what_pytorch_asks_of_one():
     spec = CellSpec(8, (12, 16), 2, DEFAULT_SUBSETS, 2, factorized_input=True)
     inputs, weights, alpha, beta, gates = arguments(spec)

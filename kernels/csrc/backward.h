@@ -35,10 +35,10 @@ template <int V> class Backward : public Gradients<V> {
    private:
     void reduce_last() {
         const auto terms = terms_of(l.nodes - 1);
-        for_images(l.n, threads, [&](int thread) {
-            return [&, thread](int image) {
+        for_images(l.n, threads, [&] {
+            return [&](int image, int share) {
                 unshuffle(l.nodes - 1, image, nullptr, nullptr);
-                reduce(l.nodes - 1, terms, image, thread);
+                reduce(l.nodes - 1, terms, image, share);
             };
         });
     }
@@ -84,11 +84,11 @@ template <int V> class Backward : public Gradients<V> {
     // One edge and image. g: gradient of the normalized result.
     template <int K, int D, int S, bool ADD>
     void stage(const StageBuffers& buffer, const Tile& t, const Tile& d, const Stage& stage, const float* g,
-               const float* raw, int thread) {
+               const float* raw, int share) {
         const int64_t block = int64_t(d.height) * d.width * V;
         stage_backward<V, K, D, S, ADD>(
-            buffer, t, d, stage.weights, l.blocks, gradients.of(thread, stage.depthwise_at),
-            gradients.of(thread, stage.pointwise_at), [&](int b, int first, int count, float* to) INLINE_LAMBDA {
+            buffer, t, d, stage.weights, l.blocks, gradients.of(share, stage.depthwise_at),
+            gradients.of(share, stage.pointwise_at), [&](int b, int first, int count, float* to) INLINE_LAMBDA {
                 stage.f.template draw<V>(b, g + b * block + first * V, raw + b * block + first * V, count, to);
             });
     }
@@ -96,25 +96,25 @@ template <int V> class Backward : public Gradients<V> {
     void second_stages(int source) {
         const Stages stages = stages_of(source, 1);
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             const auto buffer = StageBuffers::take<V>(t, t, l.blocks);
-            return [&, buffer, thread](int image) {
+            return [&, buffer](int image, int share) {
                 for (const Stage& s : stages.all) {
                     const int before = s.o->row[0] + s.edge;
                     const int64_t at = l.image(image, l.out_pixels);
                     fill_tile<V>(buffer.tile, t, l.blocks, a.work + l.raw(before) + at, this->normalization(before));
                     const float *g = d_node(l.edges[s.edge].node, s.o->path) + at, *raw = a.work + l.raw(s.row) + at;
                     specialized(s.o->kernel, s.o->dilation, 1, [&](auto k, auto d, auto) {
-                        stage<k, d, 1, false>(buffer, t, t, s, g, raw, thread);
+                        stage<k, d, 1, false>(buffer, t, t, s, g, raw, share);
                     });
-                    pass_relu(buffer, t, d_between(s.between) + at, before, thread);
+                    pass_relu(buffer, t, d_between(s.between) + at, before, share);
                 }
             };
         });
     }
 
     // Gradient of the normalized map before a second stage: where ReLU let it through.
-    void pass_relu(const StageBuffers& buffer, const Tile& t, float* out, int row, int thread) {
+    void pass_relu(const StageBuffers& buffer, const Tile& t, float* out, int row, int share) {
         for (int b = 0; b < l.blocks; b++) {
             Vec<V> sum{}, product{};
             for (int y = 0; y < t.height; y++) {
@@ -133,8 +133,8 @@ template <int V> class Backward : public Gradients<V> {
                 out += t.width * V;
                 sum += folded<V, L>(line_sum), product += folded<V, L>(line_product);
             }
-            between_sums.template add<V>(thread, row, b, sum);
-            between_sums.template add<V>(thread, l.rows + row, b, product);
+            between_sums.template add<V>(share, row, b, sum);
+            between_sums.template add<V>(share, l.rows + row, b, product);
         }
     }
 
@@ -175,7 +175,7 @@ template <int V> class Backward : public Gradients<V> {
                     skips.push_back({&o, &e, result_factors(e, column), this->skip_matrix(o, skip, row, true)});
             }
         }
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             const auto buffer = StageBuffers::take<V>(t, d, l.blocks);
             float* pooled = arena().take(around.pixels() * V);
             float* d_pooled = arena().take(around.pixels() * V);
@@ -184,49 +184,56 @@ template <int V> class Backward : public Gradients<V> {
             float* drawn = arena().take(CHUNK * skip.columns);
             float* pixel = arena().take(l.slices * l.lanes);
             float* sent = source < 2 ? nullptr : arena().take(l.slices * l.blocks * l.out_pixels * V);
-            return [&, buffer, pooled, d_pooled, mixed, pixels, drawn, pixel, sent, thread](int image) {
+            return [&, buffer, pooled, d_pooled, mixed, pixels, drawn, pixel, sent](int image, int share) {
                 const int64_t at = l.image(image, height * width), out_at = l.image(image, l.out_pixels);
                 for (int slice = 0; slice < l.slices; slice++) {
                     const float* map = a.work + l.state(source, slice) + at;
                     const int64_t size = int64_t(l.blocks) * height * width * V;
                     float* d_map = source < 2 ? d_input(source, slice) + at : sent + slice * size;
-                    std::fill_n(d_map, size, 0.0f);
                     bool convolved = false;
-                    const auto begin = [&] {
-                        if (convolved) return;
+                    const auto begin = [&](bool writes) {
+                        if (convolved) return false;
                         fill_tile<V>(buffer.tile, t, l.blocks, map, {});
-                        std::fill_n(buffer.d_map, l.blocks * t.height * padded(t.width) * V, 0.0f);
-                        convolved = true;
+                        if (!writes) std::fill_n(buffer.d_map, l.blocks * t.height * padded(t.width) * V, 0.0f);
+                        return convolved = true;
                     };
                     for (const Stage& s : stages.all) {
                         if (s.o->path != slice) continue;
-                        begin();
+                        // a first stage may write what the others add to; those compiled for second stages can
+                        const bool writes = stride == 1 && s.o->dilation == 1, first = begin(writes) && writes;
                         const float* g = s.between < 0 ? d_node(l.edges[s.edge].node, slice) : d_between(s.between);
                         specialized(s.o->kernel, s.o->dilation, stride, [&](auto k, auto dilation, auto strides) {
-                            stage<k, dilation, strides, true>(buffer, t, d, s, g + out_at, a.work + l.raw(s.row) + out_at,
-                                                              thread);
+                            const auto run = [&](auto add) {
+                                stage<k, dilation, strides, add>(buffer, t, d, s, g + out_at,
+                                                                 a.work + l.raw(s.row) + out_at, share);
+                            };
+                            if constexpr (dilation == 1 && strides == 1) {
+                                if (first) return run(Constant<false>{});
+                            }
+                            run(Constant<true>{});
                         });
                     }
                     for (const Skip& s : skips) {
                         if (s.o->path != slice) continue;
-                        begin();
+                        begin(false);
                         skip_backward(skip, s.f, s.weights.data(), map, d_node(s.e->node, slice) + out_at,
                                       a.work + l.raw(s.o->row[0] + s.e->row) + out_at, height, width, buffer.d_map,
                                       pixels, drawn,
-                                      gradients.of(thread, gradient_at[s.o->weight[0]] +
+                                      gradients.of(share, gradient_at[s.o->weight[0]] +
                                                                int64_t(s.e->row) * skip.rows * skip.columns));
                     }
-                    if (convolved) add_convolved(buffer.d_map, map, height, width, d_map);
+                    if (convolved) pass_convolved(buffer.d_map, map, height, width, d_map);
+                    else std::fill_n(d_map, size, 0.0f);
                     for (const Pool& p : pools)
                         if (p.o->path == slice)
                             pool_backward(*p.o, p.f, p.edges, p.scales, source, slice, map, around, out_at, d_map, pooled,
                                           d_pooled, mixed);
                     pass_backward(source, slice, map, out_at, d_map, mixed);
-                    if (source < 2) sum_input(source, slice, image, thread);
+                    if (source < 2) sum_input(source, slice, image, share);
                 }
                 if (source < 2) return;
                 unshuffle(source - 2, image, sent, pixel);
-                reduce(source - 2, terms, image, thread);
+                reduce(source - 2, terms, image, share);
             };
         });
     }
@@ -250,12 +257,12 @@ template <int V> class Backward : public Gradients<V> {
     // Σ over edges of scale * their nodes' gradient, of one block.
     void mix(const std::vector<const Edge*>& edges, const std::vector<float>& scales, int slice, int64_t at,
              float* out) const {
-        std::fill_n(out, l.out_pixels * V, 0.0f);
         for (size_t k = 0; k < edges.size(); k++) {
             const float* d = d_node(edges[k]->node, slice) + at;
             over_pixels<V>(l.out_pixels, [=, scale = scales[k]](int i, auto lanes) {
                 constexpr int L = lanes;
-                add_to<L>(out + i * V, scale * load<L>(d + i * V));
+                const Vec<L> drawn = scale * load<L>(d + i * V);
+                store<L>(out + i * V, k == 0 ? drawn : load<L>(out + i * V) + drawn);
             });
         }
     }
@@ -308,12 +315,12 @@ template <int V> class Backward : public Gradients<V> {
         }
     }
 
-    // What the convolutions sent back, where ReLU let their input through.
-    void add_convolved(const float* convolved, const float* map, int height, int width, float* d_map) const {
+    // d_map: what the convolutions sent back, where ReLU let their input through.
+    void pass_convolved(const float* convolved, const float* map, int height, int width, float* d_map) const {
         for (int y = 0; y < l.blocks * height; y++, convolved += padded(width) * V, map += width * V, d_map += width * V)
             over_pixels<V>(width, [=](int x, auto lanes) {
                 constexpr int L = lanes;
-                add_to<L>(d_map + x * V, where_positive<L>(load<L>(map + x * V), load<L>(convolved + x * V)));
+                store<L>(d_map + x * V, where_positive<L>(load<L>(map + x * V), load<L>(convolved + x * V)));
             });
     }
 
@@ -336,7 +343,7 @@ template <int V> class Backward : public Gradients<V> {
     }
 
     // Sums of an input state's gradient, for its normalization.
-    void sum_input(int source, int slice, int image, int thread) {
+    void sum_input(int source, int slice, int image, int share) {
         const int row = source * l.slices + slice;
         for (int b = 0; b < l.blocks; b++) {
             const int64_t at = l.image(image, l.pixels) + int64_t(b) * l.pixels * V;
@@ -350,8 +357,8 @@ template <int V> class Backward : public Gradients<V> {
                 }
                 sum += s, product += p;
             }
-            between_sums.template add<V>(thread, row, b, sum);
-            between_sums.template add<V>(thread, l.rows + row, b, product);
+            between_sums.template add<V>(share, row, b, sum);
+            between_sums.template add<V>(share, l.rows + row, b, product);
         }
     }
 
@@ -360,10 +367,10 @@ template <int V> class Backward : public Gradients<V> {
         const auto w = this->preprocess_matrix(input, d, true);
         std::vector<Factors> factors;
         for (int s = 0; s < l.slices; s++) factors.push_back(input_factors(input * l.slices + s));
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             float* pixels = arena().take(CHUNK * d.rows);
             float* drawn = arena().take(CHUNK * d.columns);
-            return [&, pixels, drawn, thread](int image) {
+            return [&, pixels, drawn](int image, int share) {
                 const float* from = a.x[input] + this->input_at(d, image);
                 float* d_x = a.d_x[input] ? a.d_x[input] + this->input_at(d, image) : nullptr;
                 if (d.two && d_x) std::fill_n(d_x, int64_t(l.full_pixels) * d.inputs, 0.0f);  // most are not read
@@ -376,7 +383,7 @@ template <int V> class Backward : public Gradients<V> {
                                                              count, drawn + (s * l.blocks + b) * V, d.columns);
                         }
                     d.gather_pixels(from, l.size[1], first, count, pixels);
-                    if (float* own = gradients.of(thread, gradient_at[l.preprocess_weight[input]]))
+                    if (float* own = gradients.of(share, gradient_at[l.preprocess_weight[input]]))
                         d.matrix_gradient(pixels, drawn, count, own);
                     if (d_x) d.image_gradient(w.data(), drawn, pixels, l.size[1], first, count, d_x, l.past_caches());
                 }

@@ -48,7 +48,8 @@ INLINE void depthwise_band(const float* __restrict in, long pitch, const float* 
     if constexpr (M > 1) {
         for (; x + PIXELS < width; x += M * PIXELS) tile(Constant<PIXELS>{});
     }
-    for (; x < width; x += PIXELS) tile(Constant<PIXELS / M>{});
+    constexpr int T = R > 1 && REGISTERS == 16 ? PIXELS / 2 : PIXELS / M;
+    for (; x < width; x += T * M) tile(Constant<T>{});
 }
 
 // out[y][x] (+)= sum over taps w[tap] * in[y * S + ky * D][x * S + kx * D]. FLIP reads the taps backwards, for
@@ -56,7 +57,7 @@ INLINE void depthwise_band(const float* __restrict in, long pitch, const float* 
 template <int V, int K, int D, int S, bool FLIP, bool ADD>
 INLINE void depthwise_rows(const float* __restrict in, long pitch, const float* __restrict w, int w_step,
                            float* __restrict out, long out_pitch, int rows, int width) {
-    constexpr int R = S == 1 && REGISTERS == 32 ? 2 : 1;
+    constexpr int R = S == 1 ? 2 : 1;
     int y = 0;
     if constexpr (R > 1) {
         for (; y + R * D <= rows; y += R * D)

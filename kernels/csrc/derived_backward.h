@@ -90,14 +90,14 @@ template <int V> class DerivedBackward : public Derived<V> {
     // One edge and image. g: gradient of the normalized result, times `scale`.
     template <bool ADD>
     void stage(const StageBuffers& buffer, const Tile& t, const Tile& d, const Stage& s, const float* g, float scale,
-               int image, int thread) {
+               int image, int share) {
         const float* raw = this->raw(s.e->row[s.which], image);
         const int weight = s.e->weight[s.which];
         const int64_t block = int64_t(l.out_pixels) * V;
         specialized(s.e->kernel, s.e->dilation, s.which ? 1 : s.e->stride, [&](auto k, auto dilation, auto stride) {
             stage_backward<V, k, dilation, stride, ADD>(
-                buffer, t, d, s.weights.get(), l.blocks, gradients.of(thread, gradient_at[weight]),
-                gradients.of(thread, gradient_at[weight + 1]),
+                buffer, t, d, s.weights.get(), l.blocks, gradients.of(share, gradient_at[weight]),
+                gradients.of(share, gradient_at[weight + 1]),
                 [&](int b, int first, int count, float* to) INLINE_LAMBDA {
                     s.f.template draw<V>(b, g + b * block + first * V, raw + b * block + first * V, count, to, scale);
                 });
@@ -108,22 +108,22 @@ template <int V> class DerivedBackward : public Derived<V> {
         const auto stages = stages_of(state, 1);
         if (stages.empty()) return;
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             const auto buffer = StageBuffers::take<V>(t, t, l.blocks);
-            return [&, buffer, thread](int image) {
+            return [&, buffer](int image, int share) {
                 for (const Stage& s : stages) {
                     const int before = s.e->row[0];
                     fill_tile<V>(buffer.tile, t, l.blocks, this->raw(before, image), this->normalization(before));
                     stage<false>(buffer, t, t, s, d_state(s.e->node + 2, image), this->path_scale(*s.e, image), image,
-                                 thread);
-                    pass_relu(buffer, t, before, image, d_between(s.between, image), thread);
+                                 share);
+                    pass_relu(buffer, t, before, image, d_between(s.between, image), share);
                 }
             };
         });
     }
 
     // Gradient of the normalized map before a second stage: where ReLU let it through.
-    void pass_relu(const StageBuffers& buffer, const Tile& t, int row, int image, float* out, int thread) {
+    void pass_relu(const StageBuffers& buffer, const Tile& t, int row, int image, float* out, int share) {
         const float *raw = this->raw(row, image), *means = a.work + l.table(0, row);
         for (int b = 0; b < l.blocks; b++) {
             const Vec<V> mean = load<V>(means + b * V);
@@ -139,8 +139,8 @@ template <int V> class DerivedBackward : public Derived<V> {
                 }
                 sum += line_sum, product += line_product;
             }
-            sums.template add<V>(thread, row, b, sum);
-            sums.template add<V>(thread, l.rows + row, b, product);
+            sums.template add<V>(share, row, b, sum);
+            sums.template add<V>(share, l.rows + row, b, product);
         }
     }
 
@@ -150,9 +150,9 @@ template <int V> class DerivedBackward : public Derived<V> {
         std::vector<int> last;
         for (int state = 2; state < l.nodes + 2; state++)
             if (l.is_live(state) && l.live_leaving(state).empty()) last.push_back(state);
-        for_images(l.n, threads, [&](int thread) {
-            return [&, thread](int image) {
-                for (int state : last) begin_state(state, image), reduce(state, image, thread);
+        for_images(l.n, threads, [&] {
+            return [&](int image, int share) {
+                for (int state : last) begin_state(state, image), reduce(state, image, share);
             };
         });
     }
@@ -172,13 +172,13 @@ template <int V> class DerivedBackward : public Derived<V> {
     }
 
     // Adds what a state's gradient is to the normalizations that feed it.
-    void reduce(int state, int image, int thread) {
-        if (state < 2) return reduce_row(state, state, 1, image, thread);
+    void reduce(int state, int image, int share) {
+        if (state < 2) return reduce_row(state, state, 1, image, share);
         for (int edge = 2 * (state - 2); edge < 2 * (state - 1); edge++)
             if (const int row = l.edges[edge].result_row(); row >= 0)
-                reduce_row(state, row, this->path_scale(l.edges[edge], image), image, thread);
+                reduce_row(state, row, this->path_scale(l.edges[edge], image), image, share);
     }
-    void reduce_row(int state, int row, float scale, int image, int thread) {
+    void reduce_row(int state, int row, float scale, int image, int share) {
         if (scale == 0) return;
         const int map = l.pixels_of(state);
         const float *d = d_state(state, image), *raw = this->raw(row, image);
@@ -191,8 +191,8 @@ template <int V> class DerivedBackward : public Derived<V> {
                 for (int i = 0; i < count; i++, d += V, raw += V) s += load<V>(d), p += load<V>(d) * (load<V>(raw) - mean);
                 sum += s, product += p;
             }
-            sums.template add<V>(thread, row, b, scale * sum);
-            sums.template add<V>(thread, l.rows + row, b, scale * product);
+            sums.template add<V>(share, row, b, scale * sum);
+            sums.template add<V>(share, l.rows + row, b, scale * product);
         }
     }
 
@@ -212,11 +212,11 @@ template <int V> class DerivedBackward : public Derived<V> {
                 skips.push_back({&e, factors(e.row[0]), this->packed(skip, e.weight[0], true)});
         const int height = l.size_of(state)[0], width = l.size_of(state)[1], stride = l.edges[edges[0]].stride;
         const Tile t(height, width, MARGIN, stride), d(l.out_size[0], l.out_size[1], MARGIN, 1);
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             const auto buffer = StageBuffers::take<V>(t, d, l.blocks);
             const PoolBuffers pool(l, height, width);
             float *pixels = arena().take(CHUNK * skip.rows), *drawn = arena().take(CHUNK * skip.columns);
-            return [&, buffer, pool, pixels, drawn, thread](int image) {
+            return [&, buffer, pool, pixels, drawn](int image, int share) {
                 begin_state(state, image);
                 if (!stages.empty() || !skips.empty()) {
                     fill_tile<V>(buffer.tile, t, l.blocks, this->state(state, image), this->reading(state));
@@ -225,16 +225,16 @@ template <int V> class DerivedBackward : public Derived<V> {
                 for (const Stage& s : stages) {
                     const bool only = s.between < 0;
                     stage<true>(buffer, t, d, s, only ? d_state(s.e->node + 2, image) : d_between(s.between, image),
-                                only ? this->path_scale(*s.e, image) : 1, image, thread);
+                                only ? this->path_scale(*s.e, image) : 1, image, share);
                 }
-                for (const Skip& s : skips) skip_backward(skip, s, state, image, buffer.d_map, pixels, drawn, thread);
+                for (const Skip& s : skips) skip_backward(skip, s, state, image, buffer.d_map, pixels, drawn, share);
                 if (!stages.empty() || !skips.empty()) add_passed(buffer, t, d_state(state, image));
                 for (int i : edges) {
                     const DerivedEdge& e = l.edges[i];
                     if (e.identity()) add_identity(e, image);
                     else if (e.pools()) pool_backward(e, pool, image);
                 }
-                reduce(state, image, thread);
+                reduce(state, image, share);
             };
         });
     }
@@ -259,7 +259,7 @@ template <int V> class DerivedBackward : public Derived<V> {
     }
 
     void skip_backward(const Dense<V>& d, const Skip& s, int state, int image, float* d_map, float* pixels, float* drawn,
-                       int thread) {
+                       int share) {
         const int height = l.size_of(state)[0], width = l.size_of(state)[1];
         const float *g = d_state(s.e->node + 2, image), *raw = this->raw(s.e->row[0], image);
         const float scale = this->path_scale(*s.e, image);
@@ -269,7 +269,7 @@ template <int V> class DerivedBackward : public Derived<V> {
                 const int64_t at = (int64_t(b) * l.out_pixels + first) * V;
                 s.f.template draw_rows<V>(b, g + at, raw + at, count, drawn + b * V, d.columns, scale);
             }
-            if (float* own = gradients.of(thread, gradient_at[s.e->weight[0]])) {
+            if (float* own = gradients.of(share, gradient_at[s.e->weight[0]])) {
                 d.gather_map(this->state(state, image), this->reading(state), height, width, first, count, pixels);
                 d.matrix_gradient(pixels, drawn, count, own);
             }
@@ -311,9 +311,9 @@ template <int V> class DerivedBackward : public Derived<V> {
         const Dense<V> d = this->preprocess_dense(input);
         const auto w = this->packed(d, l.preprocess_weight[input], true);
         const Factors f = factors(input);
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             float *pixels = arena().take(CHUNK * d.rows), *drawn = arena().take(CHUNK * d.columns);
-            return [&, pixels, drawn, thread](int image) {
+            return [&, pixels, drawn](int image, int share) {
                 const float* from = a.x[input] + this->input_at(d, image);
                 float* d_x = a.d_x[input] ? a.d_x[input] + this->input_at(d, image) : nullptr;
                 if (d.two && d_x) std::fill_n(d_x, int64_t(l.full_pixels) * d.inputs, 0.0f);  // most are not read
@@ -325,7 +325,7 @@ template <int V> class DerivedBackward : public Derived<V> {
                         f.draw_rows<V>(b, g + at, raw + at, count, drawn + b * V, d.columns);
                     }
                     d.gather_pixels(from, l.size[1], first, count, pixels);
-                    if (float* own = gradients.of(thread, gradient_at[l.preprocess_weight[input]]))
+                    if (float* own = gradients.of(share, gradient_at[l.preprocess_weight[input]]))
                         d.matrix_gradient(pixels, drawn, count, own);
                     if (d_x) d.image_gradient(w.data(), drawn, pixels, l.size[1], first, count, d_x, l.past_caches());
                 }

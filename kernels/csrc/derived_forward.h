@@ -28,9 +28,9 @@ template <int V> class DerivedForward : public Derived<V> {
         std::vector<int> last;  // nodes that no edge has read
         for (int state = 2; state < l.nodes + 2; state++)
             if (l.leaving[state].empty() && l.place[state] >= 0) last.push_back(state);
-        for_images(l.n, threads, [&](int) {
+        for_images(l.n, threads, [&] {
             const NodeBuffers buffer(l);
-            return [&, buffer](int image) {
+            return [&, buffer](int image, int) {
                 for (int state : last) node(state, image, buffer);
             };
         });
@@ -60,27 +60,27 @@ template <int V> class DerivedForward : public Derived<V> {
         });
         write_tables(row, [&](int k) { return means[k]; }, [&](int k) { return variances[k]; });
     }
-    void merge(int thread, int row, const MapSums<V>* sums, int count) {
+    void merge(int share, int row, const MapSums<V>* sums, int count) {
         for (int b = 0; b < l.blocks; b++)
-            moments.template merge<V>(thread, row, b, sums[b].shift, sums[b].sum, sums[b].squares, count);
+            moments.template merge<V>(share, row, b, sums[b].shift, sums[b].sum, sums[b].squares, count);
     }
 
     template <class Gather>
-    void dense(const Dense<V>& d, const float* w, int map, int row, int image, int thread, const DenseBuffers<V>& buffer,
+    void dense(const Dense<V>& d, const float* w, int map, int row, int image, int share, const DenseBuffers<V>& buffer,
                Gather&& gather) {
         float* to = this->raw(row, image);
         dense_forward<V>(d, w, map, training, buffer, gather, [&](int b) { return to + int64_t(b) * map * V; });
-        if (training) merge(thread, row, buffer.sums, map);
+        if (training) merge(share, row, buffer.sums, map);
     }
 
     void preprocess(int i) {
         const Dense<V> d = this->preprocess_dense(i);
         const auto w = this->packed(d, l.preprocess_weight[i], false);
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             const DenseBuffers<V> buffer(d);
-            return [&, buffer, thread](int image) {
+            return [&, buffer](int image, int share) {
                 const float* from = a.x[i] + this->input_at(d, image);
-                dense(d, w.data(), l.pixels, i, image, thread, buffer,
+                dense(d, w.data(), l.pixels, i, image, share, buffer,
                       [&](int first, int count) { d.gather_pixels(from, l.size[1], first, count, buffer.pixels); });
             };
         });
@@ -88,13 +88,13 @@ template <int V> class DerivedForward : public Derived<V> {
     }
 
     // One edge's stage of an image, from a tile.
-    void stage(const DerivedEdge& e, int which, const float* tile, const Tile& t, const Packed& w, int image, int thread,
+    void stage(const DerivedEdge& e, int which, const float* tile, const Tile& t, const Packed& w, int image, int share,
                const ForwardBuffers& buffer, MapSums<V>* sums) {
         specialized(e.kernel, e.dilation, which ? 1 : e.stride, [&](auto k, auto d, auto s) {
             stage_forward<V, k, d, s>(tile, t, w.get(), l.blocks, this->raw(e.row[which], image),
                                       Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);
         });
-        if (training) merge(thread, e.row[which], sums, l.out_pixels);
+        if (training) merge(share, e.row[which], sums, l.out_pixels);
     }
 
     void first_stages(int state) {
@@ -113,25 +113,25 @@ template <int V> class DerivedForward : public Derived<V> {
         }
         if (edges.empty() && state < 2) return;
         const Tile t(height, width, MARGIN, stride);
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             const NodeBuffers node_buffer(l);
             const DenseBuffers<V> products(skip);
             float* tile = arena().take(l.blocks * t.pixels() * V);
             const auto buffer = ForwardBuffers::take<V>(l.out_size[1], l.blocks, l.past_caches());
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, node_buffer, products, tile, buffer, sums, thread](int image) {
+            return [&, node_buffer, products, tile, buffer, sums](int image, int share) {
                 if (state >= 2) node(state, image, node_buffer);
                 const float* map = this->state(state, image);
                 if (!convolutions.empty()) fill_tile<V>(tile, t, l.blocks, map, this->reading(state));
                 size_t skipped = 0, convolved = 0;
                 for (const DerivedEdge* e : edges) {
                     if (e->factorized()) {
-                        dense(skip, skips[skipped++].data(), l.out_pixels, e->row[0], image, thread, products,
+                        dense(skip, skips[skipped++].data(), l.out_pixels, e->row[0], image, share, products,
                               [&](int first, int count) {
                                   skip.gather_map(map, this->reading(state), height, width, first, count, products.pixels);
                               });
                     } else {
-                        stage(*e, 0, tile, t, convolutions[convolved++], image, thread, buffer, sums);
+                        stage(*e, 0, tile, t, convolutions[convolved++], image, share, buffer, sums);
                     }
                 }
             };
@@ -149,15 +149,15 @@ template <int V> class DerivedForward : public Derived<V> {
             }
         if (edges.empty()) return;
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             float* tile = arena().take(l.blocks * t.pixels() * V);
             const auto buffer = ForwardBuffers::take<V>(t.width, l.blocks, l.past_caches());
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, tile, buffer, sums, thread](int image) {
+            return [&, tile, buffer, sums](int image, int share) {
                 for (size_t i = 0; i < edges.size(); i++) {
                     const int before = edges[i]->row[0];
                     fill_tile<V>(tile, t, l.blocks, this->raw(before, image), this->normalization(before));
-                    stage(*edges[i], 1, tile, t, weights[i], image, thread, buffer, sums);
+                    stage(*edges[i], 1, tile, t, weights[i], image, share, buffer, sums);
                 }
             };
         });

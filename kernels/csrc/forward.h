@@ -26,9 +26,9 @@ template <int V> class Forward : public Engine<V> {
             second_stages(source);
         }
         const Sum sum = node_sum(l.nodes - 1);
-        for_images(l.n, threads, [&](int) {
+        for_images(l.n, threads, [&] {
             float* parts = arena().take(l.slices * NODE_CHUNK * V);
-            return [&, parts](int image) { node(l.nodes - 1, sum, image, parts); };
+            return [&, parts](int image, int) { node(l.nodes - 1, sum, image, parts); };
         });
     }
 
@@ -59,19 +59,19 @@ template <int V> class Forward : public Engine<V> {
         });
     }
 
-    void merge(int thread, int row, int block, const MapSums<V>& sums, int count) {
-        moments.template merge<V>(thread, row, block, sums.shift, sums.sum, sums.squares, count);
+    void merge(int share, int row, int block, const MapSums<V>& sums, int count) {
+        moments.template merge<V>(share, row, block, sums.shift, sums.sum, sums.squares, count);
     }
 
     void preprocess() {
         for (int i = 0; i < 2; i++) {
             const Dense<V> d = this->preprocess_dense(i);
             const auto w = this->preprocess_matrix(i, d, false);
-            for_images(l.n, threads, [&](int thread) {
+            for_images(l.n, threads, [&] {
                 const DenseBuffers<V> buffer(d);
-                return [&, buffer, thread](int image) {
+                return [&, buffer](int image, int share) {
                     const float* from = a.x[i] + this->input_at(d, image);
-                    dense(d, w.data(), l.pixels, i * l.slices, image, thread, buffer, [&](int first, int count) {
+                    dense(d, w.data(), l.pixels, i * l.slices, image, share, buffer, [&](int first, int count) {
                         d.gather_pixels(from, l.size[1], first, count, buffer.pixels);
                     });
                 };
@@ -82,24 +82,24 @@ template <int V> class Forward : public Engine<V> {
 
     // One image's matrix products, into the planes of `row` and the rows behind it.
     template <class Gather>
-    void dense(const Dense<V>& d, const float* w, int map, int row, int image, int thread, const DenseBuffers<V>& buffer,
+    void dense(const Dense<V>& d, const float* w, int map, int row, int image, int share, const DenseBuffers<V>& buffer,
                Gather&& gather) {
         dense_forward<V>(d, w, map, training, buffer, gather, [&](int column) {
             return a.work + l.raw(row + column / l.blocks) + l.image(image, map) + int64_t(column % l.blocks) * map * V;
         });
         if (!training) return;
         for (int column = 0; column < d.columns / V; column++)
-            merge(thread, row + column / l.blocks, column % l.blocks, buffer.sums[column], map);
+            merge(share, row + column / l.blocks, column % l.blocks, buffer.sums[column], map);
     }
 
     template <int K, int D, int S>
-    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int thread,
+    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int share,
                const ForwardBuffers& buffer, MapSums<V>* sums) {
         const int map = l.out_pixels;
         stage_forward<V, K, D, S>(tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map),
                                   Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);
         if (!training) return;
-        for (int b = 0; b < l.blocks; b++) merge(thread, row, b, sums[b], map);
+        for (int b = 0; b < l.blocks; b++) merge(share, row, b, sums[b], map);
     }
 
     void first_stages(int source) {
@@ -117,14 +117,14 @@ template <int V> class Forward : public Engine<V> {
         }
         const Sum sum = source < 2 ? Sum() : node_sum(source - 2);
 
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             float* parts = arena().take(l.slices * NODE_CHUNK * V);
             float* tile = arena().take(l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
             const auto buffer = ForwardBuffers::take<V>(l.out_size[1], l.blocks, l.past_caches());
             const DenseBuffers<V> products(skip);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, parts, tile, pooled, buffer, products, sums, thread](int image) {
+            return [&, parts, tile, pooled, buffer, products, sums](int image, int share) {
                 if (source < 2) normalize_input(source, image);
                 else node(source - 2, sum, image, parts);
                 for (int slice = 0; slice < l.slices; slice++) {
@@ -134,7 +134,7 @@ template <int V> class Forward : public Engine<V> {
                     for (const Used& u : used) {
                         if (u.o->path != slice) continue;
                         if (u.o->kind == MAXIMUM || u.o->kind == AVERAGE)
-                            pool(*u.o, source, map, around, image, thread, pooled);
+                            pool(*u.o, source, map, around, image, share, pooled);
                         if (u.o->kind != CONVOLUTION && !(u.o->kind == SKIP && stride == 2)) continue;
                         if (u.o->kind == CONVOLUTION && !filled) fill_tile<V>(tile, t, l.blocks, map, {}), filled = true;
                         for (int row : l.leaving[source]) {
@@ -142,14 +142,14 @@ template <int V> class Forward : public Engine<V> {
                             if (!this->is_open(e, slice)) continue;
                             if (u.o->kind == SKIP) {
                                 const auto& w = skip_weights[row - l.leaving[source].front()];
-                                dense(skip, w.data(), l.out_pixels, u.o->row[0] + row, image, thread, products,
+                                dense(skip, w.data(), l.out_pixels, u.o->row[0] + row, image, share, products,
                                       [&](int first, int count) {
                                           skip.gather_map(map, {}, height, width, first, count, products.pixels);
                                       });
                                 continue;
                             }
                             specialized(u.o->kernel, u.o->dilation, stride, [&](auto k, auto d, auto s) {
-                                stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, thread, buffer, sums);
+                                stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, share, buffer, sums);
                             });
                         }
                     }
@@ -188,7 +188,7 @@ template <int V> class Forward : public Engine<V> {
             halve_map<V>(map + int64_t(b) * l.pixels * V, l.size[0], l.size[1], to + int64_t(b) * l.out_pixels * V);
     }
 
-    void pool(const Operation& o, int source, const float* map, const Tile& t, int image, int thread, float* tile) {
+    void pool(const Operation& o, int source, const float* map, const Tile& t, int image, int share, float* tile) {
         const bool max = o.kind == MAXIMUM;
         std::fill_n(tile, t.pixels() * V, max ? -FLT_MAX : 0.0f);
         float* out = a.work + l.raw(o.row[0] + source) + l.image(image, l.out_pixels);
@@ -200,7 +200,7 @@ template <int V> class Forward : public Engine<V> {
             MapSums<V> sums;
             sums.begin(load<V>(out));
             for (int i = 0; i < l.out_pixels; i += CHUNK) sums.add(out + int64_t(i) * V, std::min(CHUNK, l.out_pixels - i));
-            merge(thread, o.row[0] + source, b, sums, l.out_pixels);
+            merge(share, o.row[0] + source, b, sums, l.out_pixels);
         }
     }
 
@@ -211,11 +211,11 @@ template <int V> class Forward : public Engine<V> {
             if (o.kind == CONVOLUTION && o.stages == 2 && this->is_used(o, source))
                 used.push_back(Used(*this, o, 1, source, false));
         if (used.empty()) return;
-        for_images(l.n, threads, [&](int thread) {
+        for_images(l.n, threads, [&] {
             float* tile = arena().take(l.blocks * t.pixels() * V);
             const auto buffer = ForwardBuffers::take<V>(t.width, l.blocks, l.past_caches());
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, tile, buffer, sums, thread](int image) {
+            return [&, tile, buffer, sums](int image, int share) {
                 for (const Used& u : used)
                     for (int row : l.leaving[source]) {
                         if (!this->is_open(l.edges[row], u.o->path)) continue;
@@ -223,7 +223,7 @@ template <int V> class Forward : public Engine<V> {
                         fill_tile<V>(tile, t, l.blocks, a.work + l.raw(before) + l.image(image, l.out_pixels),
                                      this->normalization(before));
                         specialized(u.o->kernel, u.o->dilation, 1, [&](auto k, auto d, auto) {
-                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, thread, buffer, sums);
+                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, share, buffer, sums);
                         });
                     }
             };

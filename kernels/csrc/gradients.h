@@ -121,7 +121,7 @@ template <int V> class Gradients : public Engine<V> {
         return terms;
     }
 
-    void reduce(int node, const std::vector<Terms>& terms, int image, int thread) {
+    void reduce(int node, const std::vector<Terms>& terms, int image, int share) {
         const int map = l.out_pixels, first_pass = columns * l.edges.size();
         for (int s = 0; s < l.slices; s++)
             for (int b = 0; b < l.blocks; b++) {
@@ -135,7 +135,7 @@ template <int V> class Gradients : public Engine<V> {
                     for (int i = first; i < std::min(map, first + CHUNK); i++) part += load<V>(d + i * V);
                     sum += part;
                 }
-                node_sums.template add<V>(thread, node * l.slices + s, b, sum);
+                node_sums.template add<V>(share, node * l.slices + s, b, sum);
                 for (int first = 0; first < count; first += 4) {
                     const float* from[4];
                     Vec<V> sums[4] = {};
@@ -161,8 +161,8 @@ template <int V> class Gradients : public Engine<V> {
                     }
                     for (int k = 0; k < std::min(4, count - first); k++) {
                         const int row = t.rows[first + k];
-                        if (row >= first_pass) pass_sums.template add<V>(thread, row - first_pass, b, sums[k]);
-                        else term_sums.template add<V>(thread, row, b, sums[k]);
+                        if (row >= first_pass) pass_sums.template add<V>(share, row - first_pass, b, sums[k]);
+                        else term_sums.template add<V>(share, row, b, sums[k]);
                     }
                 }
             }

@@ -23,12 +23,12 @@ template <int V> class Parts {
         const auto weights = stage_weights(false);
         // an odd size at stride 2 is computed as the even one above it: the padding is zero anyway
         const Tile t = stage_tile(), d = out_tile();
-        for_images(n, threads, [&](int) {
+        for_images(n, threads, [&] {
             float* tile = arena().take(blocks * t.pixels() * V);
             const auto buffer = ForwardBuffers::take<V>(d.width, blocks, false);
             float* out = arena().take(blocks * d.height * d.width * V);
             const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
-            return [&, tile, buffer, out, whole](int image) {
+            return [&, tile, buffer, out, whole](int image, int) {
                 for (int e = 0; e < edges; e++) {
                     if (e == 0 || a.own) fill(tile, t, image, e);
                     float* to = whole ? a.out + int64_t(image) * out_pixels * edges * c + e * c : out;
@@ -47,16 +47,16 @@ template <int V> class Parts {
         const auto weights = stage_weights(true);
         const Tile t = stage_tile(), d = out_tile();
         const int64_t each = int64_t(a.kernel * a.kernel + lanes) * lanes, taps = int64_t(a.kernel) * a.kernel * lanes;
-        std::vector<std::vector<float>> gradients(threads, std::vector<float>(a.d_depthwise ? edges * each : 0));
-        for_images(n, threads, [&](int thread) {
+        std::vector<std::vector<float>> gradients(Shares::count(threads), std::vector<float>(a.d_depthwise ? edges * each : 0));
+        for_images(n, threads, [&] {
             const auto buffer = StageBuffers::take<V>(t, d, blocks);
             const int map = blocks * t.height * padded(t.width) * V;
-            return [&, buffer, thread, map](int image) {
+            return [&, buffer, map](int image, int share) {
                 for (int e = 0; e < edges; e++) {
                     const bool fresh = e == 0 || a.own;
                     if (fresh) fill(buffer.tile, t, image, e), std::fill_n(buffer.d_map, map, 0.0f);
                     const float* d_out = a.d_out + int64_t(image) * out_pixels * edges * c + e * c;
-                    float* own = a.d_depthwise ? &gradients[thread][e * each] : nullptr;
+                    float* own = a.d_depthwise ? &gradients[share][e * each] : nullptr;
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
                         stage_backward<V, k, dilation, s, true>(
                             buffer, t, d, weights.of(e), blocks, own, own ? own + taps : nullptr,
@@ -87,10 +87,10 @@ template <int V> class Parts {
 
     void pooling() {
         const Tile t(size[0], size[1], 1, 1);
-        for_images(n, threads, [&](int) {
+        for_images(n, threads, [&] {
             float *tile = arena().take(t.pixels() * V), *map = arena().take(blocks * pixels * V);
             float* out = arena().take(blocks * out_pixels * V);
-            return [&, tile, map, out](int image) {
+            return [&, tile, map, out](int image, int) {
                 gather(a.x, a.step, 0, image, pixels, map);
                 for (int b = 0; b < blocks; b++) pool(tile, t, map, b, out);
                 scatter(a.out, c, 0, image, out_pixels, out);
@@ -100,11 +100,11 @@ template <int V> class Parts {
 
     void pooling_gradient() {
         const Tile t(size[0], size[1], 1, 1);
-        for_images(n, threads, [&](int) {
+        for_images(n, threads, [&] {
             float *tile = arena().take(t.pixels() * V), *d_tile = arena().take(t.pixels() * V);
             float *map = arena().take(blocks * pixels * V), *d_out = arena().take(blocks * out_pixels * V);
             float* out = arena().take(blocks * out_pixels * V);
-            return [&, tile, d_tile, map, d_out, out](int image) {
+            return [&, tile, d_tile, map, d_out, out](int image, int) {
                 gather(a.x, a.step, 0, image, pixels, map);
                 gather(a.d_out, c, 0, image, out_pixels, d_out);
                 for (int b = 0; b < blocks; b++) {
@@ -124,9 +124,9 @@ template <int V> class Parts {
     // a.terms: a map of c channels each; a.slices: the slice that each is added to.
     void node() {
         const int slices = a.partial, wide = slices * c;
-        for_images(n, threads, [&](int) {
+        for_images(n, threads, [&] {
             float* parts = arena().take(slices * V);
-            return [&, parts](int image) {
+            return [&, parts](int image, int) {
                 for (int64_t i = int64_t(image) * pixels; i < int64_t(image + 1) * pixels; i++)
                     for (int b = 0; b < blocks; b++) {
                         for (int s = 0; s < slices; s++) store<V>(parts + s * V, Vec<V>{});
@@ -141,10 +141,10 @@ template <int V> class Parts {
 
     void node_gradient() {
         const int slices = a.partial, wide = slices * c;
-        std::vector<std::vector<double>> sums(threads, std::vector<double>(a.count));
-        for_images(n, threads, [&](int thread) {
+        std::vector<std::vector<double>> sums(Shares::count(threads), std::vector<double>(a.count));
+        for_images(n, threads, [&] {
             float* parts = arena().take(slices * V);
-            return [&, parts, thread](int image) {
+            return [&, parts](int image, int share) {
                 for (int64_t i = int64_t(image) * pixels; i < int64_t(image + 1) * pixels; i++)
                     for (int b = 0; b < blocks; b++) {
                         unshuffle_pixel<V>(a.d_out + i * wide, slices, b, c, parts, V);
@@ -153,7 +153,7 @@ template <int V> class Parts {
                             const Vec<V> d = load<V>(parts + a.slices[t] * V);
                             store_some<V>(a.d_terms[t] + at, a.coefficients[t] * d, c - b * V);
                             const Vec<V> product = d * load_some<V>(a.terms[t] + at, c - b * V);
-                            for (int k = 0; k < V; k++) sums[thread][t] += product[k];
+                            for (int k = 0; k < V; k++) sums[share][t] += product[k];
                         }
                     }
             };

@@ -1,40 +1,75 @@
-// What threads gather over images, each for itself, and what follows from it: statistics, gradients of normalizations.
+// What is gathered over images, by shares, and what follows from it: statistics, gradients of normalizations.
 #pragma once
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include <mutex>
+
 #include "cell.h"
 
 namespace FPDARTS_ISA {
 
-// f(thread, image) for all images; a thread's share is a run of them, so that sums have one order for one thread count.
+// The images in as many runs as there are threads, and one more. A run's images are taken in order, one at a time, by
+// whichever thread is free, and what it gathers is the run's own: sums have one order for one number of threads, however
+// fast each of them is.
+class Shares {
+   public:
+    static int count(int threads) { return threads == 1 ? 1 : threads + 1; }
+
+    Shares(int images, int threads) : next(count(threads)), end(next.size()), taken(next.size()) {
+        const int64_t all = next.size();
+        for (int64_t i = 0; i < all; i++) next[i] = images * i / all, end[i] = images * (i + 1) / all;
+    }
+    // The next image of a run, and the run: `share`, which the thread has had till now, or one that nobody has and that
+    // is clearly behind. Changing seldom leaves a run's sums in one core's caches. Returns -1 when there is none.
+    int take(int& share, bool first) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!first) taken[share] = false;
+        int best = taken[share] ? -1 : share;
+        for (int i = 0; i < int(next.size()); i++)
+            if (!taken[i] && (best < 0 || 4 * left(i) > 5 * left(best))) best = i;
+        if (best < 0 || !left(best)) return -1;
+        share = best, taken[share] = true;
+        return next[share]++;
+    }
+
+   private:
+    std::mutex mutex;
+    std::vector<int> next, end;
+    std::vector<char> taken;
+    int left(int i) const { return end[i] - next[i]; }
+};
+
+// For all images f()(image, share): f once a thread, for its scratch memory.
 template <class F> void for_images(int images, int threads, F&& f) {
+    Shares shares(images, threads);
 #pragma omp parallel num_threads(threads)
     {
-        int thread = 0, all = 1;
+        int share = 0;
 #ifdef _OPENMP
-        thread = omp_get_thread_num(), all = omp_get_num_threads();
+        share = omp_get_thread_num();
 #endif
         arena().reset();
-        auto work = f(thread);
-        const int64_t n = images;
-        for (int i = n * thread / all; i < n * (thread + 1) / all; i++) work(i);
+        auto work = f();
+        bool first = true;
+        for (int image; (image = shares.take(share, first)) >= 0; first = false) work(image, share);
         _mm_sfence();  // of what was stored past the caches
     }
 }
 
-// Mean and summed squared deviation of rows of channels, gathered by each thread for itself.
+// Mean and summed squared deviation of rows of channels.
 class Moments {
    public:
     Moments(int threads, int rows, int lanes)
-        : threads(threads), rows(rows), lanes(lanes), counts(threads * rows), values(size_t(threads) * rows * 2 * lanes) {}
+        : shares(Shares::count(threads)), rows(rows), lanes(lanes), counts(shares * rows),
+          values(size_t(shares) * rows * 2 * lanes) {}
 
     // One image's sums about `shift`, of a block of V channels. Merging (Chan et al., 1979) keeps the digits that the
     // difference of large sums of squares would lose.
-    template <int V> void merge(int thread, int row, int block, Vec<V> shift, Vec<V> sum, Vec<V> squares, int count) {
-        const int cell = thread * rows + row;
+    template <int V> void merge(int share, int row, int block, Vec<V> shift, Vec<V> sum, Vec<V> squares, int count) {
+        const int cell = share * rows + row;
         double *mean = &values[size_t(cell) * 2 * lanes + block * V], *m2 = mean + lanes;
         const double before = counts[cell] - (block ? count : 0), total = before + count;
         if (block == 0) counts[cell] += count;
@@ -43,12 +78,12 @@ class Moments {
                       squares[l] - double(sum[l]) * sum[l] / count, count, total);
     }
 
-    // Over all threads: take(lane, mean, summed squared deviation, count) gets each lane's.
+    // Over all shares: take(lane, mean, summed squared deviation, count) gets each lane's.
     template <class Take> void each(int row, Take&& take) const {
         for (int l = 0; l < lanes; l++) {
             double mean = 0, m2 = 0, count = 0;
-            for (int t = 0; t < threads; t++) {
-                const int cell = t * rows + row;
+            for (int i = 0; i < shares; i++) {
+                const int cell = i * rows + row;
                 if (!counts[cell]) continue;
                 const double* own = &values[size_t(cell) * 2 * lanes];
                 merge_one(mean, m2, count, own[l], own[lanes + l], counts[cell], count + counts[cell]);
@@ -65,22 +100,22 @@ class Moments {
         mean += delta * count / total;
         m2 += other_m2 + delta * delta * before * count / total;
     }
-    int threads, rows, lanes;
+    int shares, rows, lanes;
     std::vector<double> counts, values;
 };
 
-// Sums of channels, gathered by each thread for itself.
+// Sums of channels.
 class Totals {
    public:
     Totals(int threads, int rows, int lanes)
-        : threads(threads), rows(rows), lanes(lanes), values(size_t(threads) * rows * lanes) {}
-    template <int V> INLINE void add(int thread, int row, int block, Vec<V> sum) {
-        double* to = &values[(size_t(thread) * rows + row) * lanes + block * V];
+        : shares(Shares::count(threads)), rows(rows), lanes(lanes), values(size_t(shares) * rows * lanes) {}
+    template <int V> INLINE void add(int share, int row, int block, Vec<V> sum) {
+        double* to = &values[(size_t(share) * rows + row) * lanes + block * V];
         for (int k = 0; k < V; k++) to[k] += sum[k];
     }
     double of(int row, int lane) const {
         double total = 0;
-        for (int t = 0; t < threads; t++) total += values[(size_t(t) * rows + row) * lanes + lane];
+        for (int i = 0; i < shares; i++) total += values[(size_t(i) * rows + row) * lanes + lane];
         return total;
     }
     double over_lanes(int row) const {
@@ -90,31 +125,32 @@ class Totals {
     }
 
    private:
-    int threads, rows, lanes;
+    int shares, rows, lanes;
     std::vector<double> values;
 };
 
 // Gradients of weights, padded like what they are gradients of. Empty unless they are needed.
 class WeightSums {
    public:
-    WeightSums(int threads, int64_t floats) : own(threads, std::vector<float>(floats)) {}
+    WeightSums(int threads, int64_t floats) : threads(threads), own(Shares::count(threads), std::vector<float>(floats)) {}
     explicit operator bool() const { return !own[0].empty(); }
-    float* of(int thread, int64_t at) { return *this ? own[thread].data() + at : nullptr; }
-    // Adds all threads' in a fixed order: the first one then has the sums.
+    float* of(int share, int64_t at) { return *this ? own[share].data() + at : nullptr; }
+    // Adds all shares' in a fixed order: the first one then has the sums.
     void gather() {
         constexpr int64_t PIECE = 4096;
         const int64_t floats = own[0].size();
-        for_images(divide_up(floats, PIECE), own.size(), [&](int) {
-            return [&](int piece) {
+        for_images(divide_up(floats, PIECE), threads, [&] {
+            return [&](int piece, int) {
                 const int64_t first = piece * PIECE, last = std::min(floats, first + PIECE);
-                for (size_t t = 1; t < own.size(); t++)
-                    for (int64_t i = first; i < last; i++) own[0][i] += own[t][i];
+                for (size_t share = 1; share < own.size(); share++)
+                    for (int64_t i = first; i < last; i++) own[0][i] += own[share][i];
             };
         });
     }
     float operator[](int64_t at) const { return own[0][at]; }
 
    private:
+    int threads;
     std::vector<std::vector<float>> own;
 };
 
