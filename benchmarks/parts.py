@@ -70,12 +70,19 @@ def _state(setting, channels, memory_format):
     return state.to(setting.device, memory_format=memory_format).requires_grad_()
 
 
+def _slice(setting, memory_format):
+    """The first half of a state's channels, where they lie in it. A leaf: PyTorch's gradient of slicing, which fills a
+    whole state, is no part's work."""
+    state = _state(setting, setting.init_channels, memory_format)
+    return state.detach()[:, : setting.init_channels // 2].requires_grad_()
+
+
 def stage(side, setting):
     c, operation = setting.init_channels // 2, OPERATIONS[setting.operation]
     if operation.kind != "convolution":
         raise ValueError(f"a stage is part of a convolution, not of {setting.operation}")
     k, dilation = operation.kernel_size, operation.dilation
-    state = _state(setting, setting.init_channels, side.memory_format)
+    state = _slice(setting, side.memory_format)
     depthwise, pointwise = torch.randn(EDGES, k, k, c) / k, torch.randn(EDGES, c, c) / c**0.5
     depthwise, pointwise = (w.to(setting.device).requires_grad_() for w in (depthwise, pointwise))
     size = (setting.image_size,) * 2
@@ -83,7 +90,7 @@ def stage(side, setting):
     if not side.today:
         run = partial(kernels.stage, stride=setting.stride, dilation=dilation, kernels=side.kernels)
         inputs = {"state": state, "depthwise": depthwise, "pointwise": pointwise}
-        return _part(side, setting, inputs, lambda: run(state[:, :c], depthwise, pointwise), passes)
+        return _part(side, setting, inputs, lambda: run(state, depthwise, pointwise), passes)
 
     edges = nn.ModuleList(separable(c, k, setting.stride, dilation)[:3] for _ in range(EDGES))
     with torch.no_grad():
@@ -104,12 +111,12 @@ def stage(side, setting):
         packed["pointwise"] = torch.stack([g.flatten(1).t() for g in of["pointwise"]])
         return packed
 
-    return _part(side, setting, inputs, lambda: [edge(state[:, :c]) for edge in edges], passes, pack)
+    return _part(side, setting, inputs, lambda: [edge(state) for edge in edges], passes, pack)
 
 
 def pooling(side, setting):
     c, stride = setting.init_channels // 2, setting.stride
-    state = _state(setting, setting.init_channels, side.memory_format)
+    state = _slice(setting, side.memory_format)
     modules = {
         "max_pool_3x3": nn.MaxPool2d(3, stride, 1),
         "avg_pool_3x3": nn.AvgPool2d(3, stride, 1, count_include_pad=False),
@@ -122,7 +129,7 @@ def pooling(side, setting):
     if not side.today:
         run = partial(kernels.pooling, operation=setting.operation, stride=stride, kernels=side.kernels)
     passes = work.pooling(setting.batch_size, c, (setting.image_size,) * 2, stride)
-    return _part(side, setting, {"state": state}, lambda: run(state[:, :c]), passes)
+    return _part(side, setting, {"state": state}, lambda: run(state), passes)
 
 
 def _weighted_sum_and_shuffle(slices, coefficients):

@@ -47,7 +47,7 @@ template <int V> class Parts {
         const auto weights = stage_weights(true);
         const Tile t = stage_tile(), d = out_tile();
         const int64_t each = int64_t(a.kernel * a.kernel + lanes) * lanes, taps = int64_t(a.kernel) * a.kernel * lanes;
-        std::vector<std::vector<float>> gradients(Shares::count(threads), std::vector<float>(a.d_depthwise ? edges * each : 0));
+        WeightSums gradients(threads, a.d_depthwise ? edges * each : 0);
         for_images(n, threads, [&] {
             const auto buffer = StageBuffers::take<V>(t, d, blocks);
             const int map = blocks * t.height * padded(t.width) * V;
@@ -56,7 +56,7 @@ template <int V> class Parts {
                     const bool fresh = e == 0 || a.own;
                     if (fresh) fill(buffer.tile, t, image, e), std::fill_n(buffer.d_map, map, 0.0f);
                     const float* d_out = a.d_out + int64_t(image) * out_pixels * edges * c + e * c;
-                    float* own = a.d_depthwise ? &gradients[share][e * each] : nullptr;
+                    float* own = gradients.of(share, e * each);
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
                         stage_backward<V, k, dilation, s, true>(
                             buffer, t, d, weights.of(e), blocks, own, own ? own + taps : nullptr,
@@ -71,17 +71,13 @@ template <int V> class Parts {
             };
         });
         if (!a.d_depthwise) return;
-        const auto total = [&](int64_t at) {
-            float sum = 0;
-            for (const auto& own : gradients) sum += own[at];
-            return sum;
-        };
+        gradients.gather();
         for (int e = 0; e < edges; e++) {
             const int rows = a.kernel * a.kernel;
             for (int i = 0; i < rows + c; i++)
                 for (int k = 0; k < c; k++)
                     (i < rows ? a.d_depthwise[(int64_t(e) * rows + i) * c + k]
-                              : a.d_pointwise[(int64_t(e) * c + i - rows) * c + k]) = total(e * each + i * lanes + k);
+                              : a.d_pointwise[(int64_t(e) * c + i - rows) * c + k]) = gradients[e * each + i * lanes + k];
         }
     }
 

@@ -132,26 +132,25 @@ class Totals {
 // Gradients of weights, padded like what they are gradients of. Empty unless they are needed.
 class WeightSums {
    public:
-    WeightSums(int threads, int64_t floats) : threads(threads), own(Shares::count(threads), std::vector<float>(floats)) {}
-    explicit operator bool() const { return !own[0].empty(); }
-    float* of(int share, int64_t at) { return *this ? own[share].data() + at : nullptr; }
+    WeightSums(int threads, int64_t floats) : threads(threads), floats(floats), own(Shares::count(threads) * floats) {}
+    float* of(int share, int64_t at) { return own.empty() ? nullptr : &own[share * floats + at]; }
     // Adds all shares' in a fixed order: the first one then has the sums.
     void gather() {
         constexpr int64_t PIECE = 4096;
-        const int64_t floats = own[0].size();
         for_images(divide_up(floats, PIECE), threads, [&] {
             return [&](int piece, int) {
                 const int64_t first = piece * PIECE, last = std::min(floats, first + PIECE);
-                for (size_t share = 1; share < own.size(); share++)
-                    for (int64_t i = first; i < last; i++) own[0][i] += own[share][i];
+                for (int share = 1; share < Shares::count(threads); share++)
+                    for (int64_t i = first; i < last; i++) own[i] += own[share * floats + i];
             };
         });
     }
-    float operator[](int64_t at) const { return own[0][at]; }
+    float operator[](int64_t at) const { return own[at]; }
 
    private:
     int threads;
-    std::vector<std::vector<float>> own;
+    int64_t floats;
+    std::vector<float> own;  // [share][floats]
 };
 
 // The backward of a normalization: d_raw = g factor + (raw - mean) slope + shift, each [lanes].
