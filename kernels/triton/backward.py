@@ -39,7 +39,8 @@ class Backward:
             "partial_ptr": self.partial, "sums_ptr": self.sums, "counters_ptr": work.counters, "entries_ptr": entries,
         }  # fmt: skip
         moved = work.moved(lambda: p.m * p.c * (work.count_terms(node, with_through) + p.k))
-        launch(node_reduce_kernel, (self.parts, len(table)), tensors, moved, M=p.m, **work.block)
+        options = work.block | tuning.reducing(work.bytes)
+        launch(node_reduce_kernel, (self.parts, len(table)), tensors, moved, M=p.m, **options)
 
     def draw(self, name, group, make, d, m: int):
         """Backward of normalizations, into self.raw, or in place for input states."""

@@ -262,7 +262,7 @@ def convolve_fwd(
     number of those that were left is returned. other: a map like x, for jobs that read that."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges, options = padded(edges), dot_options(out.dtype)
-    options |= tuning.convolution(p_in, edges * p, options["PRECISION"], out.element_size(), training)
+    options |= tuning.convolution(p_in, edges * p, size[1], options["PRECISION"], out.element_size(), training)
     tensors = {
         "x_ptr": x, "other_ptr": x if other is None else other, "weight_ptr": weight, "out_ptr": out,
         "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs,

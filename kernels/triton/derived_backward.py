@@ -87,7 +87,7 @@ class Gradients:
             source_bwd_kernel, (tiles, len(rows), work.blocks), tensors,
             work.moved(maps * p.c) + p.m * p.c * sum(row[0] == 1 for row in other_rows), M=m,
             **work.sizes(stride, size), **self.arriving, STRIDE=stride, NORMALIZE=normalize, POOLED=bool(pooled),
-            **work.options,
+            **tuning.source_gradient(p.c, work.bytes),
         )  # fmt: skip
 
     def level(self, level: int):

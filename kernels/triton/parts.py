@@ -269,7 +269,8 @@ class _Normalize(torch.autograd.Function):
             "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": torch.zeros(2, dtype=torch.int32, device=device),
             "entries_ptr": entries,
         }  # fmt: skip
-        launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **block)
+        options = block | tuning.reducing(raw.element_size())
+        launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **options)
         d_raw = torch.empty_like(raw)
         tensors = {
             "d_ptr": d, "raw_ptr": raw, "out_ptr": d_raw, "mean_ptr": table, "inverse_ptr": scales,

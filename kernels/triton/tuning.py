@@ -23,6 +23,10 @@ def node(wide: int, k: int) -> dict:
     return {"BLOCK": max(16, 1024 // (wide * k)), "num_warps": 2}
 
 
+def reducing(size: int) -> dict:
+    return {"num_warps": 8 if size == 4 else 4}
+
+
 def drawing(wide: int) -> dict:
     return {"num_warps": 2 if wide <= 16 else 4}
 
@@ -38,9 +42,10 @@ def state_gradient(wide: int, size: int, stride: int) -> dict:
     return {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
 
 
-def convolution(wide_in: int, wide_out: int, precision: str, size: int, training: bool) -> dict:
-    """wide_in, wide_out: columns of the two operands, powers of two. precision: of float32, ``ieee`` or ``tf32``. size:
-    bytes of an element. Exact float32 takes no tensor cores, and four times the registers."""
+def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: int, training: bool) -> dict:
+    """wide_in, wide_out: columns of the two operands, powers of two. width: of the map that is read. precision: of
+    float32, ``ieee`` or ``tf32``. size: bytes of an element. Exact float32 takes no tensor cores, and four times the
+    registers."""
     exact = size == 4 and precision == "ieee"
     if size == 2 and wide_in <= 16:
         # With 2 warps the compiler takes the smaller matrix instructions, which are faster here, until it spills.
@@ -48,6 +53,8 @@ def convolution(wide_in: int, wide_out: int, precision: str, size: int, training
         k = 32 if wide_in == 16 and wide_out == 32 else 16
         return {"BLOCK_K": k, "num_warps": 2 if few else 4, "num_stages": 1}
     k = 32 if size == 4 or wide_in == 32 else 64
+    if size == 2 and wide_in == 32 and wide_out == 128 and width & (width - 1):
+        k = 16  # places in such a map take the registers that a wider block has not left, on sm_80
     wide = exact or wide_out * size >= (128 if size == 4 else 512)
     return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 1}
 
@@ -160,6 +167,11 @@ def derived(channels: int) -> dict:
     """Of kernels that read maps element by element: 32 elements a thread at most, of which some keep four numbers."""
     wide = columns(channels)
     return {"BLOCK": min(block(), 4096 // wide), "COLUMNS": wide, "num_warps": 4}
+
+
+def source_gradient(channels: int, size: int) -> dict:
+    """Of a derived cell's state. Its sums over edges spill in float32 with 4 warps, on sm_80."""
+    return derived(channels) | {"num_warps": 8 if size == 4 else 4}
 
 
 def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
