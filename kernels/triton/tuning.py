@@ -24,6 +24,7 @@ def node(wide: int, k: int) -> dict:
 
 
 def reducing(size: int) -> dict:
+    """Of sums over a node. In float32 16 channels spill with 4 warps, on sm_90."""
     return {"num_warps": 8 if size == 4 else 4}
 
 
