@@ -82,13 +82,12 @@ def activate(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
 def convolve_fwd_kernel(
     x_ptr, other_ptr, weight_ptr, out_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, EDGE, SHARES, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
-    WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, STATISTICS: tl.constexpr,
-    P_IN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr, C_IN: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, P_IN: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, weight offset, weight's edge distance, taps, side, dilation, pad, skew,
-    first output instance, output offset, edges, whether it reads other in place of x. With STATISTICS, those of the
-    outputs are left in partial[instance, tile], see leave_statistics.
+    first output instance, output offset, edges, whether it reads other in place of x. Statistics of the outputs are
+    left in partial[instance, tile], see leave_statistics.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
     taps, side = tl.load(jobs_ptr + 3).to(tl.int32), tl.load(jobs_ptr + 4).to(tl.int32)
@@ -128,14 +127,11 @@ def convolve_fwd_kernel(
     stored = total.to(out_ptr.dtype.element_ty)
     where = e.to(tl.int64)[None, :] * EDGE + (rows.to(tl.int64) * OUT_ROW)[:, None] + co[None, :]
     tl.store(out_ptr + where, stored, mask=inside[:, None] & kept[None, :])
-    if STATISTICS:  # of what was stored, rounding included
-        value = stored.to(tl.float32)
-        count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
-        sums = tl.sum(value, 0)  # rows outside are 0: their inputs were
-        away = tl.where(inside[:, None], value - (sums / count)[None, :], 0.0)
-        leave_statistics(
-            partial_ptr, tile, count, sums, tl.sum(away * away, 0), first + e, co, kept, SHARES, C
-        )  # fmt: skip
+    value = stored.to(tl.float32)  # statistics are of what was stored, rounding included
+    count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
+    sums = tl.sum(value, 0)  # rows outside are 0: their inputs were
+    away = tl.where(inside[:, None], value - (sums / count)[None, :], 0.0)
+    leave_statistics(partial_ptr, tile, count, sums, tl.sum(away * away, 0), first + e, co, kept, SHARES, C)
 
 
 @kernel
@@ -255,14 +251,15 @@ def _geometry(size, out_size):
 def convolve_fwd(
     x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, opened: Tensor, jobs: Tensor, *, n: int,
     size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, edge: int, shares: int,
-    weight_row: int, c_in: int, c: int, edges: int, training: bool, moved: float, other: Tensor | None = None,
+    weight_row: int, c_in: int, c: int, edges: int, moved: float, other: Tensor | None = None,
 ) -> int:  # fmt: skip
     """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
-    training: statistics of the outputs are left in partial, which has place for so many shares of each instance; the
-    number of those that were left is returned. other: a map like x, for jobs that read that."""
+    shares: of statistics of each instance, for which partial has place; the number of those that were left there is
+    returned. In evaluation nobody reads them, and no kernels of its own need to be compiled. other: a map like x, for
+    jobs that read that."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges, options = padded(edges), dot_options(out.dtype)
-    options |= tuning.convolution(p_in, edges * p, size[1], options["PRECISION"], out.element_size(), training)
+    options |= tuning.convolution(p_in, edges * p, size[1], options["PRECISION"], out.element_size())
     tensors = {
         "x_ptr": x, "other_ptr": x if other is None else other, "weight_ptr": weight, "out_ptr": out,
         "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs,
@@ -270,7 +267,7 @@ def convolve_fwd(
     launch(
         convolve_fwd_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
         EDGE=edge, SHARES=shares, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c,
-        EDGES=edges, STATISTICS=training, P_IN=p_in, P=p, BLOCK=tuning.block(), DTYPE=TRITON_DTYPE[out.dtype],
+        EDGES=edges, P_IN=p_in, P=p, BLOCK=tuning.block(), DTYPE=TRITON_DTYPE[out.dtype],
         **options,
     )  # fmt: skip
     return tuning.tiles(m)

@@ -82,7 +82,7 @@ class Forward:
             count = convolve_fwd(
                 x, self.preprocess_weights(i), raw, self.partial, self.opened, jobs, **p.preprocess_shape(i),
                 x_row=x.shape[1], out_row=p.c, edge=p.slice_in, shares=p.shares, weight_row=p.c * p.k, edges=p.k,
-                training=self.training, moved=self.moved(lambda: elements), other=inputs[group[-1]],
+                moved=self.moved(lambda: elements), other=inputs[group[-1]],
             )  # fmt: skip
             self.left += [(j * p.k + s, count) for j in group for s in range(p.k)]
 
@@ -121,7 +121,7 @@ class Forward:
         maps, shape = (self.space, self.dense, self.space, self.partial), self.shape(group)
         common = {
             "x_row": p.c, "out_row": p.c, "edge": p.slice, "shares": p.shares, "edges": max(job[10] for job in table),
-            "training": self.training, "moved": self.moved(elements),
+            "moved": self.moved(elements),
         }  # fmt: skip
         if shape["stride"] == 1:
             count = rows_fwd(
@@ -145,7 +145,7 @@ class Forward:
         launch(
             pool_fwd_kernel, (tuning.tiles(p.m), len(table)), tensors, moved, M=p.m, H=size[0], W=size[1],
             OH=p.outer[0], OW=p.outer[1], SHARES=p.shares, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
-            STATISTICS=self.training, **(self.block | tuning.pooling(padded(p.c))),
+            **(self.block | tuning.pooling(padded(p.c))),
         )  # fmt: skip
         self.left += [(job[4], tuning.tiles(p.m)) for job in table if job[4] >= 0]
 
@@ -156,8 +156,7 @@ class Forward:
             moved = self.moved(lambda: 2 * p.m * p.c * self.count_open(job[8] for job in table))
             count = rows_fwd(
                 self.space, self.dense, self.space, self.partial, self.normalizing, self.opened, jobs, **self.square,
-                x_row=p.c, out_row=p.c, edge=p.slice, shares=p.shares, edges=1, normalize=True, training=self.training,
-                moved=moved,
+                x_row=p.c, out_row=p.c, edge=p.slice, shares=p.shares, edges=1, normalize=True, moved=moved,
             )  # fmt: skip
             self.left += [(job[8], count) for job in table]
 

@@ -10,7 +10,7 @@ from .launch import launch, padded, pieces
 from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
 from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
-from .rows import rows_dgrad, rows_fwd, rows_wgrad, rows_wgrad_parts
+from .rows import forward_options, rows_dgrad, rows_fwd, rows_tiles, rows_wgrad, rows_wgrad_parts
 from .statistics import merge_statistics, moments_kernel
 
 EDGES = 4  # of one job, as in a cell
@@ -57,23 +57,25 @@ class _Dense(torch.autograd.Function):
         step = 1 if own else EDGES
         firsts = range(0, edges, step)
         jobs = [[e * c_in if own else 0, e * each, each, *geometry, e, e * c, min(step, edges - e), 0] for e in firsts]
-        none, opened = torch.empty(1, device=x.device), torch.ones(edges, dtype=torch.int32, device=x.device)
-        weight = weight.contiguous()
+        opened, weight = torch.ones(edges, dtype=torch.int32, device=x.device), weight.contiguous()
         # stages of stride 1, whose taps are a square, have kernels of their own
         ctx.square = stride == 1 and geometry[0] == geometry[1] ** 2
         ctx.shape = {"n": n, "size": tuple(size), "c": c}
         ctx.any_shape = {"out_size": tuple(out.shape[2:]), "stride": stride, "c_in": c_in}
+        m = n * out.shape[2] * out.shape[3]
+        shares = rows_tiles(n, size, forward_options(c, step, x.dtype)) if ctx.square else tuning.tiles(m)
+        partial = torch.empty(edges * shares * 3 * c, device=x.device)  # statistics, which only a cell reads
         common = {
-            "x_row": x_row, "out_row": edges * c, "edge": c, "shares": 0, "edges": step, "training": False,
+            "x_row": x_row, "out_row": edges * c, "edge": c, "shares": shares, "edges": step,
             "moved": (x.numel() + out.numel()) * x.element_size(),
         }  # fmt: skip
-        table = _table(jobs, x.device)
+        maps, table = (x, weight, out, partial), _table(jobs, x.device)
         if ctx.square:
             rows_fwd(
-                x, weight, out, none, _normalizing_nothing(none), opened, table, **ctx.shape, **common, normalize=False
+                *maps, _normalizing_nothing(partial), opened, table, **ctx.shape, **common, normalize=False
             )  # fmt: skip
         else:
-            convolve_fwd(x, weight, out, none, opened, table, **ctx.shape, **ctx.any_shape, **common, weight_row=c)
+            convolve_fwd(*maps, opened, table, **ctx.shape, **ctx.any_shape, **common, weight_row=c)
         ctx.save_for_backward(x, weight, opened)
         ctx.geometry, ctx.own, ctx.x_row = geometry, own, x_row
         return out
@@ -184,7 +186,7 @@ class _Pooling(torch.autograd.Function):
         launch(
             pool_fwd_kernel, (tuning.tiles(m), 1), tensors, (x.numel() + out.numel()) * x.element_size(), M=m,
             H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], SHARES=0, STRIDE=stride, X_ROW=x_row, OUT_ROW=c,
-            C=c, STATISTICS=False, P=padded(c), BLOCK=tuning.block(),
+            C=c, P=padded(c), BLOCK=tuning.block(),
         )  # fmt: skip
         ctx.save_for_backward(index, opened)
         ctx.mode, ctx.stride, ctx.shape = mode, stride, x.shape

@@ -13,7 +13,7 @@ MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
 def pool_fwd_kernel(
     x_ptr, out_ptr, index_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, SHARES, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
-    C: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, jobs). A job: x offset, out offset, index offset, mode, instance (-1: always open, no statistics).
     index: which tap held the maximum, the first of equals, uint8. Statistics as the convolution's.
@@ -53,12 +53,11 @@ def pool_fwd_kernel(
     if mode != 1:
         index_ptr += tl.load(jobs_ptr + 2)
         tl.store(index_ptr + where * C + c[None, :], index.to(tl.uint8), mask=mask)
-    if STATISTICS:
-        if instance >= 0:
-            value = stored.to(tl.float32)
-            count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
-            sums = tl.sum(value, 0)
-            away = tl.where(mask, value - (sums / count)[None, :], 0.0)
-            leave_statistics(
-                partial_ptr, tile, count, sums, tl.sum(away * away, 0), instance + c * 0, c, c < C, SHARES, C
-            )  # fmt: skip
+    if instance >= 0:
+        value = stored.to(tl.float32)
+        count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
+        sums = tl.sum(value, 0)
+        away = tl.where(mask, value - (sums / count)[None, :], 0.0)
+        leave_statistics(
+            partial_ptr, tile, count, sums, tl.sum(away * away, 0), instance + c * 0, c, c < C, SHARES, C
+        )  # fmt: skip

@@ -111,8 +111,8 @@ def _across(x, dx, W: tl.constexpr):
 def rows_fwd_kernel(
     x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr,
     W: tl.constexpr, EDGE, SHARES, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
-    NORMALIZE: tl.constexpr, STATISTICS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """As convolve_fwd_kernel, but the last number of a job is the statistics row of x, of a second stage."""
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
@@ -145,16 +145,15 @@ def rows_fwd_kernel(
     for r in tl.static_range(TALL):
         stored = totals[r].to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + where + r * W * OUT_ROW, stored, mask=both(inside, y + r < H)[:, None] & kept[None, :])
-        if STATISTICS:  # of what was stored, rounding included
-            sums += tl.sum(tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0), 0)
-    if STATISTICS:
-        count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(H - y, TALL)).to(tl.float32)
-        squares = tl.zeros([EDGES * P], tl.float32)
-        for r in tl.static_range(TALL):
-            away = totals[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (sums / count)[None, :]
-            away = tl.where((inside & (y + r < H))[:, None], away, 0.0)
-            squares += tl.sum(away * away, 0)
-        leave_statistics(partial_ptr, tile, count, sums, squares, first + e, co, kept, SHARES, C)
+        # of what was stored, rounding included
+        sums += tl.sum(tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0), 0)
+    count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(H - y, TALL)).to(tl.float32)
+    squares = tl.zeros([EDGES * P], tl.float32)
+    for r in tl.static_range(TALL):
+        away = totals[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (sums / count)[None, :]
+        away = tl.where((inside & (y + r < H))[:, None], away, 0.0)
+        squares += tl.sum(away * away, 0)
+    leave_statistics(partial_ptr, tile, count, sums, squares, first + e, co, kept, SHARES, C)
 
 
 @triton.jit
@@ -383,7 +382,7 @@ def forward_options(c: int, edges: int, dtype: torch.dtype) -> dict:
 def rows_fwd(
     x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, normalizing: dict[str, Tensor], opened: Tensor,
     jobs: Tensor, *, n: int, size: tuple[int, int], x_row: int, out_row: int, edge: int, shares: int, c: int,
-    edges: int, normalize: bool, training: bool, moved: float,
+    edges: int, normalize: bool, moved: float,
 ) -> int:  # fmt: skip
     """As convolve_fwd. normalizing: mean_ptr and inverse_ptr, by a row of which x is normalized."""
     options = forward_options(c, edges, out.dtype)
@@ -394,7 +393,7 @@ def rows_fwd(
     }  # fmt: skip
     launch(
         rows_fwd_kernel, (count, len(jobs)), tensors, moved, IMAGES=n, H=size[0], W=size[1], EDGE=edge, SHARES=shares,
-        X_ROW=x_row, OUT_ROW=out_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, STATISTICS=training, P=padded(c),
+        X_ROW=x_row, OUT_ROW=out_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, P=padded(c),
         DTYPE=TRITON_DTYPE[out.dtype], **options,
     )  # fmt: skip
     return count

@@ -43,16 +43,15 @@ def state_gradient(wide: int, size: int, stride: int) -> dict:
     return {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
 
 
-def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: int, training: bool) -> dict:
+def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: int) -> dict:
     """wide_in, wide_out: columns of the two operands, powers of two. width: of the map that is read. precision: of
     float32, ``ieee`` or ``tf32``. size: bytes of an element. Exact float32 takes no tensor cores, and four times the
     registers."""
     exact = size == 4 and precision == "ieee"
     if size == 2 and wide_in <= 16:
         # With 2 warps the compiler takes the smaller matrix instructions, which are faster here, until it spills.
-        few = training and (wide_in <= 8 or wide_out <= 16)
         k = 32 if wide_in == 16 and wide_out == 32 else 16
-        return {"BLOCK_K": k, "num_warps": 2 if few else 4, "num_stages": 1}
+        return {"BLOCK_K": k, "num_warps": 2 if wide_in <= 8 or wide_out <= 16 else 4, "num_stages": 1}
     k = 32 if size == 4 or wide_in == 32 else 64
     if size == 2 and wide_in == 32 and wide_out == 128 and width & (width - 1):
         k = 16  # places in such a map take the registers that a wider block has not left, on sm_80
