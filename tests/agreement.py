@@ -33,6 +33,27 @@ def larger_steps(request, monkeypatch):
         monkeypatch.setattr(tuning, "_rows", lambda *_: {"BLOCK": 32, "TALL": 4, "WIDE": 64, "num_warps": 4})
 
 
+@pytest.fixture(autouse=True)
+def language_patched_once(monkeypatch):
+    """The interpreter looks through Triton's language for what it has to replace, whenever a kernel calls a function:
+    a fifth of the time. Of one that was replaced already it finds nothing."""
+    if TESTED != "triton":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)  # of the versions up to 3.8, at least
+    if patch is None:
+        return
+
+    def patch_once(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(function)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
 TWICE = TESTED != "triton"  # in the interpreter only where a test asks for it: it would take minutes more
 
 
@@ -159,7 +180,9 @@ def cell(
         inputs[name] = torch.empty(parameter.shape).uniform_(-parameter.bound, parameter.bound)
     inputs |= {"operation_weights": torch.rand(edges, len(spec.operations)), "edge_weights": torch.rand(edges)}
     opened = GateSampler(1, edges, paths, seed=2).sample()[0]
-    if gates != "sampled":
+    if gates == "an edge each":
+        opened = torch.tensor([*GATES.values()])
+    elif gates != "sampled":
         opened = torch.tensor(GATES[gates]).expand(edges, 2).clone()
     statistics = None
     if options.get("evaluation"):
@@ -177,12 +200,16 @@ def cell(
     compare(run, inputs, twice)
 
 
+# A path that is closed on all edges is another case; in the interpreter the others take turns on the edges of a cell.
+ALIKE = [*GATES] if TESTED != "triton" else ["path 0 only", "path 1 only"]
+
+
 @pytest.mark.parametrize("reduction", [False, True])
-@pytest.mark.parametrize("gates", [*GATES, "sampled"])
+@pytest.mark.parametrize("gates", [*ALIKE, "an edge each"])
 def test_cell_with_all_gates(gates, reduction):
     # of a reduction's 2x2 maps a channel's few values can be so alike that float32 loses digits on any back end
-    size = (6, 6) if reduction else (4, 4)
-    cell(gates=gates, reduction=reduction, size=size, twice=TWICE or gates == "sampled")
+    size, each = (6, 6) if reduction else (4, 4), gates == "an edge each"
+    cell(gates=gates, reduction=reduction, size=size, nodes=1 + each, twice=TWICE or each)
 
 
 ALL = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
@@ -322,22 +349,6 @@ def test_derived_cell_in_bfloat16(monkeypatch):
 
 
 @triton_only
-def test_an_architecture_step_computes_no_gradient_of_weights():
-    from fpdarts.kernels.triton.launch import counting
-
-    from fpdarts.architect import frozen
-
-    model = SuperNet(5, 4, 3, nodes=1, kernels=TESTED)
-    gates = GateSampler(*model.gate_shape).sample()
-    with counting() as launched, frozen(model.weight_parameters()):
-        out = model(torch.randn(2, 3, 8, 8), gates)
-        torch.autograd.grad(out.sum(), model.architecture_parameters())
-    for name in ("convolve_wgrad_kernel", "rows_wgrad_kernel", "collect_kernel", "unpack_kernel"):
-        assert launched.launches[name] == 0
-    assert launched.launches["mix_bwd_kernel"] == 3
-
-
-@triton_only
 def test_backward_lets_go_of_a_cells_maps(monkeypatch):
     """Cell by cell, though the output still holds the graph."""
     from fpdarts.kernels.triton import driver
@@ -372,10 +383,11 @@ def test_two_runs_give_the_same_bits():
 
 @derived
 def test_two_steps_of_retraining_are_the_same():
-    """The derived network's losses, weights and running statistics against the reference's; and twice the same bits."""
+    """The derived network's losses, weights and running statistics against the reference's; and, where there is time for
+    a second run, the same bits."""
     genotype = Genotype(EVERY[:4], range(2, 4), STRIDED[:4], range(2, 4))
     runs = []
-    for name in ("reference", TESTED, TESTED):
+    for name in ("reference", TESTED, *[TESTED] * TWICE):
         torch.manual_seed(0)
         network = DerivedNetwork(genotype, 3, 4, 3, auxiliary=False, kernels=name)
         sgd = torch.optim.SGD(network.parameters(), 0.01, 0.9)
@@ -387,7 +399,7 @@ def test_two_steps_of_retraining_are_the_same():
         runs.append({"loss": loss.detach(), **network.state_dict()})
     for name, expected in runs[0].items():
         torch.testing.assert_close(runs[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
-        assert torch.equal(runs[1][name], runs[2][name]), name
+        assert torch.equal(runs[1][name], runs[-1][name]), name
 
 
 def test_learning_is_the_same():

@@ -11,7 +11,7 @@ from fpdarts.data import Loader, augmentation, open_data
 
 # without skip_connect, which is no kernel of its own at stride 1 and so cannot be spoiled
 SUBSETS = (("none", "max_pool_3x3", "sep_conv_3x3", "dil_conv_3x3"), ("avg_pool_3x3", "sep_conv_5x5", "dil_conv_5x5"))
-STEPS, ARCHITECTURE_FROM = 100, 40
+STEPS, ARCHITECTURE_FROM = 60, 25
 
 
 @pytest.mark.parametrize("planted", [name for subset in SUBSETS for name in subset if name != "none"])

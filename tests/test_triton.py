@@ -38,6 +38,22 @@ def test_launches_and_bytes_of_a_step():
     assert both["architecture_step"]["total"]["bytes"] < step["total"]["bytes"]
 
 
+def test_an_architecture_step_computes_no_gradient_of_weights():
+    from fpdarts.kernels.triton.launch import counting
+
+    from fpdarts import SuperNet
+    from fpdarts.architect import frozen
+
+    with torch.device("meta"):
+        model, images = SuperNet(5, 4, 3, nodes=1, kernels="triton"), torch.empty(2, 3, 8, 8)
+    with counting() as launched, frozen(model.weight_parameters()):
+        out = model(images, torch.ones(model.gate_shape))
+        torch.autograd.grad(out.sum(), model.architecture_parameters())
+    for name in ("convolve_wgrad_kernel", "rows_wgrad_kernel", "collect_kernel", "unpack_kernel"):
+        assert launched.launches[name] == 0
+    assert launched.launches["mix_bwd_kernel"] == 3
+
+
 @pytest.mark.parametrize("stem, launches, gigabytes", [("cifar", 590, 20.5), ("imagenet", 500, 22)])
 def test_launches_and_bytes_of_a_step_of_retraining(stem, launches, gigabytes):
     ours, theirs = (
