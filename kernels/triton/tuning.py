@@ -171,7 +171,10 @@ def derived(channels: int) -> dict:
 
 def source_gradient(channels: int, size: int) -> dict:
     """Of a derived cell's state. Its sums over edges spill in float32 with 4 warps, on sm_80."""
-    return derived(channels) | {"num_warps": 8 if size == 4 else 4}
+    options = derived(channels) | {"num_warps": 8 if size == 4 else 4}
+    if size == 2 and options["COLUMNS"] == 16:
+        options["maxnreg"] = 255  # Triton 3.6 has the compiler choose 64, and spill
+    return options
 
 
 def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
