@@ -123,10 +123,10 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
         return columns | _rows(32, 2 if wide == 32 else 1, 16, 4)
     if wide >= 32:
         return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8, None) if size == 2 else _rows(64, 2, 16, 4))
-    if wide == 8 and summed == 8:
-        return columns | _rows(64, 4, 16, 2, 168 if size == 2 else 255)
+    if size == 2 and wide == 8 and summed == 8:
+        return columns | _rows(64, 4, 16, 2, 168)
     if size == 4:
-        return columns | _rows(32, 4, 16, 2, 168 if wide == 8 else 255)
+        return columns | _rows(32, 4, 16, 2)
     registers = 168 if wide == 8 else 255
     if wide == 8 and summed == 32 and width != 32:
         registers = 200
