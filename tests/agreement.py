@@ -42,7 +42,7 @@ def language_patched_once(monkeypatch):
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch = getattr(interpreter, "_patch_lang", None)  # of the versions up to 3.8, at least
+    patch = getattr(interpreter, "_patch_lang", None)  # private: another version may not have it
     if patch is None:
         return
 

@@ -255,8 +255,7 @@ def convolve_fwd(
 ) -> int:  # fmt: skip
     """n, size, out_size: images, and (H, W) of the maps. edge: elements between the outputs of two edges of a job.
     shares: of statistics of each instance, for which partial has place; the number of those that were left there is
-    returned. In evaluation nobody reads them, and no kernels of its own need to be compiled. other: a map like x, for
-    jobs that read that."""
+    returned. In evaluation nobody reads them: one kernel serves both. other: a map like x, for jobs that read that."""
     p_in, p, m = padded(c_in), padded(c), n * out_size[0] * out_size[1]
     edges, options = padded(edges), dot_options(out.dtype)
     options |= tuning.convolution(p_in, edges * p, size[1], options["PRECISION"], out.element_size())
@@ -267,8 +266,7 @@ def convolve_fwd(
     launch(
         convolve_fwd_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, **_geometry(size, out_size),
         EDGE=edge, SHARES=shares, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, WEIGHT_ROW=weight_row, C_IN=c_in, C=c,
-        EDGES=edges, P_IN=p_in, P=p, BLOCK=tuning.block(), DTYPE=TRITON_DTYPE[out.dtype],
-        **options,
+        EDGES=edges, P_IN=p_in, P=p, BLOCK=tuning.block(), DTYPE=TRITON_DTYPE[out.dtype], **options,
     )  # fmt: skip
     return tuning.tiles(m)
 
