@@ -383,8 +383,8 @@ def test_two_runs_give_the_same_bits():
 
 @derived
 def test_two_steps_of_retraining_are_the_same():
-    """The derived network's losses, weights and running statistics against the reference's; and twice the same bits, but
-    in the interpreter: there single cells are computed twice."""
+    """The derived network's losses, weights and running statistics against the reference's; and twice the same bits,
+    but in the interpreter: there single cells are computed twice."""
     genotype = Genotype(EVERY[:4], range(2, 4), STRIDED[:4], range(2, 4))
     runs = []
     for name in ("reference", TESTED, *[TESTED] * TWICE):
