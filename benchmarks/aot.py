@@ -9,9 +9,7 @@ tensor core instructions of each. Exit status 1 where one spills, wants more sha
 its data in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
 """
 
-import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
@@ -128,7 +125,7 @@ def specialized(launch):
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
     kernel, tensors, arguments = launch.kernel, launch.tensors, launch.arguments
-    signature, constants, aligned = {}, {}, []
+    signature, constants, aligned, plain = {}, {}, [], []
     for position, parameter in enumerate(kernel.params):
         name = parameter.name
         if name in tensors:
@@ -139,16 +136,18 @@ def specialized(launch):
             value = arguments[name]
             signature[name] = "constexpr"
             constants[name] = value.name if isinstance(value, tl.dtype) else value
+            if isinstance(value, str):
+                plain.append(position)
         elif isinstance(arguments[name], float):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if abs(arguments[name]) >= 2**31 else "i32"
-            if arguments[name] % 16 == 0 and not parameter.do_not_specialize:
-                aligned.append(position)
+            if not parameter.do_not_specialize:
+                (plain if arguments[name] % 16 else aligned).append(position)
     options = {key: arguments[key] for key in ("num_warps", "num_stages", "maxnreg") if key in arguments}
     job = {
         "kernel": kernel.fn.__name__, "module": kernel.fn.__module__, "signature": signature, "constants": constants,
-        "aligned": aligned, "options": options,
+        "aligned": aligned, "plain": plain, "options": options,
     }  # fmt: skip
     return json.dumps(job, sort_keys=True), job
 
@@ -170,29 +169,10 @@ def binary(job: dict, arch: int):
         for name, value in job["constants"].items()
     }
     attributes = {(position,): [["tt.divisibility", 16]] for position in job["aligned"]}
-    # words among the constants get empty attributes from the just-in-time compiler: the cache's key has them
-    words = [i for i, parameter in enumerate(kernel.params) if isinstance(constants.get(parameter.name), str)]
-    attributes |= {(position,): [] for position in words}
+    # of words, and of ints that are not aligned, the just-in-time compiler has empty attributes in its cache's key
+    attributes |= {(position,): [] for position in job["plain"]}
     source = ASTSource(kernel, job["signature"], constants, dict(sorted(attributes.items())))
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job["options"])
-
-
-def compile_all(jobs: list[dict]) -> list[str]:
-    """For the GPU here into Triton's cache, on all cores; returns what did not compile, and why."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    arch = 10 * major + minor
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        errors = list(pool.map(_error, jobs, itertools.repeat(arch), chunksize=4))
-    return [f"{job['kernel']} {told(job)}: {error}" for job, error in zip(jobs, errors) if error]
-
-
-def _error(job: dict, arch: int) -> str | None:
-    try:
-        binary(job, arch)
-    except Exception as error:  # the compiler raises many kinds
-        return f"{type(error).__name__}: {error}"[:300]
 
 
 def compiled(job: dict, arch: int) -> dict:

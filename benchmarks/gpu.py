@@ -1,14 +1,16 @@
 """Everything that a machine with an NVIDIA GPU is asked, in one script: is it right, how fast, and does it search?
 
-    python -m benchmarks.gpu --out DIR [--data CIFAR-10] [--minutes 10] [--parts check-fp32,steps-bf16] [--dry-run]
+    python -m benchmarks.gpu --out DIR [--data CIFAR-10] [--minutes 10] [--parts check-fp32,steps-bf16]
+        [--compiled FILE] [--dry-run]
 
 Needs torch, triton, numpy and pillow, nothing else, and fetches nothing; it runs from the root of a checkout that need
 not be installed. Each part runs in a process of its own, with a time limit, and leaves DIR/<part>.json before the next
 one begins; one that is there already is not run again, so that a second call goes on where time ran out. The summary is
 printed last, and DIR/gpu.json holds everything.
 
---data: a CIFAR-10 archive's folder, an image folder, or a .tar of one. --dry-run: the whole way on the CPU, in Triton's
-interpreter, with tiny shapes.
+--data: a CIFAR-10 archive's folder, an image folder, or a .tar of one. --compiled: what benchmarks.precompile made.
+Part ``tuning`` writes kernels/triton/timed.py, to be kept. --dry-run: all of it on the CPU, in Triton's interpreter,
+with tiny shapes.
 """
 
 import argparse
@@ -20,21 +22,25 @@ import tarfile
 import time
 from pathlib import Path
 
+import triton
+
+from benchmarks.precompile import same_keys, unpack
+
 # part -> seconds it may take. In this order: what is most needed comes first.
 PARTS = {
     "environment": 120,
-    "compile": 300,
+    "compile": 420,
     "check-fp32": 240,
     "check-bf16": 240,
+    "kernels": 180,
+    "tuning": 240,
+    "search": 420,
     "steps-bf16": 420,
     "retrain-steps": 420,
-    "kernels": 180,
-    "steps-fp32": 420,
-    "tuning": 480,
-    "compiled": 540,
     "loading": 150,
-    "search": 420,
+    "steps-fp32": 420,
     "retrain": 540,
+    "compiled": 540,
 }
 SKIPPED = ("compiled",)  # unless asked for: torch.compile takes minutes
 
@@ -54,42 +60,25 @@ def environment(options):
 
 
 def compile_kernels(options):
-    """Everything that the steps will launch, on all cores, into Triton's cache: later parts would do it one by one."""
-    from benchmarks import aot
+    """All that the parts will launch, on all cores, into Triton's cache: later parts would do it one by one."""
+    import torch
+
+    from benchmarks import aot, precompile
 
     if options.dry_run:  # the interpreter compiles nothing
         return {"jobs": 0, "errors": []}
-    asked = aot.Options(dtypes=("bfloat16", "tf32"), searches=("cifar",), partial=(2,))
-    jobs = list({**_checked_configurations(), **aot.configurations(asked)}.values())
-    errors = aot.compile_all(jobs)
+    jobs, (major, minor) = precompile.jobs(), torch.cuda.get_device_capability()
+    arch, some = 10 * major + minor, jobs[::100]
+    start = time.perf_counter()
+    if options.compiled:
+        for job in some:
+            aot.binary(job, arch)
+        if time.perf_counter() - start < 0.1 * len(some):
+            print(f"{len(jobs)} configurations, compiled elsewhere")
+            return {"jobs": len(jobs), "errors": [], "compiled": options.compiled}
+    errors = precompile.compile_all(jobs, arch)
     print(f"{len(jobs)} configurations; {errors[:10] or 'all compile'}")
     return {"jobs": len(jobs), "errors": errors}
-
-
-def _checked_configurations() -> dict[tuple, dict]:
-    """As aot.configurations gives them: of what check-kernels launches."""
-    from contextlib import nullcontext
-
-    import torch
-    from fpdarts.kernels.triton.launch import counting
-
-    from benchmarks import aot
-    from fpdarts import check as checking
-
-    class Side(checking.Side):
-        def autocast(self):  # there is none on the meta device; states have its dtype all the same
-            return nullcontext()
-
-    found = {}
-    for amp in ("off", "bf16"):
-        side = Side("triton", torch.device("meta"), torch.float32, amp)
-        for case in (case for cases in checking.operations().values() for case in cases):
-            with counting() as launched:
-                case.compute(side, 0)
-            for launch in launched.all:
-                key, job = aot.specialized(launch)
-                found.setdefault(key, job | {"dtype": amp})
-    return found
 
 
 def check(options, amp):
@@ -237,9 +226,14 @@ def _by_configuration(launches, profiled) -> list[dict]:
 
 
 def tuning(options):
+    """The parts behind this one run with what it finds."""
     from benchmarks import tune
 
-    return tune.tune(options.device, dry_run=options.dry_run)
+    result = tune.tune(options.device, dry_run=options.dry_run)
+    (Path(options.out) / "timed.py").write_text(result["timed"])
+    if not options.dry_run:
+        Path(tune.timed.__file__).write_text(result["timed"])
+    return result
 
 
 def loading(options):
@@ -330,7 +324,9 @@ WORK = {
 def _run_part(part, options, out, left) -> dict:
     """In a process of its own: what a kernel can do to a process is not to reach the other parts."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--only", part, "--seconds", f"{left:.0f}"]
-    command += ["--data", options.data] * bool(options.data) + ["--dry-run"] * options.dry_run
+    for name in ("data", "compiled"):
+        command += [f"--{name}", getattr(options, name)] * bool(getattr(options, name))
+    command += ["--dry-run"] * options.dry_run
     variables = {**os.environ, "TRITON_INTERPRET": "1"} if options.dry_run else dict(os.environ)
     log, start = out / f"{part}.log", time.perf_counter()
     with log.open("w") as stream:
@@ -350,12 +346,15 @@ def main(options):
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     if options.only:
+        same_keys()
         result = WORK[options.only](options)
         target = out / f"{options.only}.json"
         partial = target.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
         partial.replace(target)
         return 0
+    if options.compiled:
+        unpack(Path(options.compiled), Path(triton.knobs.cache.dir))
     deadline, ran = time.perf_counter() + 60 * options.minutes, {}
     parts = options.parts.split(",") if options.parts else [part for part in PARTS if part not in SKIPPED]
     for part in parts:
@@ -407,6 +406,7 @@ def _options():
     parser.add_argument("--data")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--parts", help="comma between them; without, all but " + ", ".join(SKIPPED))
+    parser.add_argument("--compiled", help="what benchmarks.precompile made for this GPU")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", choices=WORK, help="this part, in this process")
     parser.add_argument("--seconds", type=float, default=540, help="with --only: what is left")

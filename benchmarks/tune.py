@@ -1,20 +1,24 @@
-"""Block shapes of the search's matrix products, timed on the GPU at hand: what ``kernels/triton/tuning.py`` is to hold.
+"""Block shapes of the search's kernels, timed on the GPU at hand; the fastest go into ``kernels/triton/timed.py``.
 
 Every launch of a weight step and of an architecture step (CIFAR-10, batch 256, both paths, bfloat16) is repeated as it
 was, with other steps of the sum, warps and stages of the pipeline, and stages of stride 1 (``rows.py``) with other
-blocks. All of these are compiled before, on all cores.
+blocks. It is part ``tuning`` of ``benchmarks.gpu``, and wants everything compiled before (``benchmarks.precompile``).
 """
 
 import itertools
 import statistics
+from collections import defaultdict
+from pathlib import Path
 
 import torch
-from fpdarts.kernels.triton.launch import pieces
+from fpdarts.kernels.triton import timed
+from fpdarts.kernels.triton.launch import padded, pieces
 from fpdarts.kernels.triton.rows import rows_tiles, wgrad_grid
 
 from benchmarks import aot
 
-# Only what leaves grids and buffers as they are, but for the rows_* kernels, see _reshaped.
+WORTH = 0.98  # of the time as it is: what must at least be gained
+# Only what leaves grids and buffers as they are, but for nodes and the rows_* kernels, see variants and _reshaped.
 _ROWS = {"BLOCK": (32, 64, 128), "TALL": (1, 2, 4, 8), "WIDE": (16, 32, 64), "num_warps": (1, 2, 4)}
 CANDIDATES = {
     "rows_fwd_kernel": _ROWS,
@@ -25,7 +29,7 @@ CANDIDATES = {
     "convolve_wgrad_kernel": {"BLOCK": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
     "state_bwd_kernel": {"num_warps": (2, 4, 8, 16)},
     "pool_fwd_kernel": {"num_warps": (2, 4, 8)},
-    "node_fwd_kernel": {"num_warps": (2, 4, 8)},
+    "node_fwd_kernel": {"BLOCK": (16, 32, 64, 128), "num_warps": (1, 2, 4)},
     "node_reduce_kernel": {"num_warps": (2, 4, 8)},
     "draw_kernel": {"num_warps": (2, 4, 8)},
 }
@@ -36,7 +40,10 @@ def variants(launch) -> list:
     options, found = CANDIDATES[launch.kernel.fn.__name__], []
     for values in itertools.product(*options.values()):
         chosen = dict(zip(options, values))
-        if options is not _ROWS:
+        if launch.kernel.fn.__name__ == "node_fwd_kernel":
+            grid = (pieces(launch.arguments["M"], chosen["BLOCK"]),)
+            found.append(launch._replace(arguments=launch.arguments | chosen, grid=grid))
+        elif options is not _ROWS:
             found.append(launch._replace(arguments=launch.arguments | chosen))
         elif _sensible(launch, **chosen):
             found.append(_reshaped(launch, chosen))
@@ -87,27 +94,61 @@ def distinct(launches) -> dict[str, list]:
     return found
 
 
-def jobs() -> list[dict]:
-    """All that is to be compiled, found on the meta device."""
+def rule_of(launch) -> tuple:
+    """The rule in tuning.py, and its arguments, by which the launch got its options."""
+    given = launch.arguments
+    size = next(t.element_size() for name, t in launch.tensors.items() if name in ("x_ptr", "d_ptr", "work_ptr"))
+
+    def columns():
+        return given["EDGES"] * given["P"]
+
+    rules = {
+        "rows_fwd_kernel": lambda: ("rows_forward", given["P"], columns(), given["PRECISION"]),
+        "rows_dgrad_kernel": lambda: (
+            "rows_data_gradient", given["P"], columns(), given["W"], given["PRECISION"],
+        ),
+        "rows_wgrad_kernel": lambda: (
+            "rows_weight_gradient", given["P"], columns(), given["W"], given["PRECISION"],
+        ),
+        "convolve_fwd_kernel": lambda: (
+            "convolution", given["P_IN"], columns(), given["W"], given["PRECISION"],
+        ),
+        "convolve_dgrad_kernel": lambda: (
+            "data_gradient", padded(given["C_IN"]), columns(), given["STRIDE"], given["PRECISION"],
+        ),
+        "convolve_wgrad_kernel": lambda: (
+            "weight_gradient", given["P_IN"], columns(), given["PRECISION"],
+        ),
+        "pool_fwd_kernel": lambda: ("pooling", given["P"]),
+        "node_fwd_kernel": lambda: ("node", given["P"], given["K"]),
+        "node_reduce_kernel": lambda: ("reducing", given["P"]),
+        "draw_kernel": lambda: ("drawing", given["P"]),
+    }  # fmt: skip
+    name = launch.kernel.fn.__name__
+    if name == "state_bwd_kernel":
+        return "state_gradient", given["P"], size, given["STRIDE"]
+    return *rules[name](), size
+
+
+def configurations() -> dict[str, dict]:
+    """All that is to be compiled, found on the meta device, as aot.configurations gives it."""
     options = aot.Options(dtypes=("bfloat16",), partial=(2,))
     found = {}
     for launch, _ in distinct(aot.searched("cifar", torch.bfloat16, options)).values():
         for variant in variants(launch):
             key, job = aot.specialized(variant)
             found[key] = job | {"dtype": "bfloat16"}
-    return list(found.values())
+    return found
 
 
 def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
-    """{"rows": [{"told", "calls", "seconds": a call as it is, "best", "best_seconds", "times": {options: s}}]}."""
+    """{"rows": [{"told", "calls", "seconds": a call as it is, "best", "best_seconds", "times": {options: s}}], "timed":
+    the text of timed.py with what is faster}."""
     from fpdarts.kernels.triton.launch import counting
 
     from benchmarks.cases import Setting, build
     from benchmarks.sides import Side
 
-    if not dry_run:
-        errors = aot.compile_all(jobs())
-        print(f"{len(errors)} do not compile: {errors[:3]}", flush=True)
     sizes = dict(batch_size=2, init_channels=4, cells=1, image_size=4) if dry_run else dict(batch_size=256)
     launches = []
     for what in ("search-step", "arch-step"):
@@ -116,24 +157,51 @@ def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
         with counting() as launched:
             case.step(1)
         launches += launched.all
-    rows, total, best_total = [], 0.0, 0.0
+    rows, found = [], defaultdict(list)
     for told, (launch, calls) in distinct(launches).items():
         options, times = CANDIDATES[launch.kernel.fn.__name__], {}
         now = _seconds(launch, device, rounds)
         for variant in variants(launch)[: 1 if dry_run else None]:
-            name = " ".join(f"{option}={variant.arguments[option]}" for option in options)
+            chosen = {option: variant.arguments[option] for option in options}
+            name = " ".join(f"{option}={value}" for option, value in chosen.items())
             try:
                 times[name] = _seconds(variant, device, rounds)
+                found[rule_of(launch)].append((calls * times[name], calls * now, chosen))
             except Exception as error:  # shapes that the chip cannot hold
                 print(f"{told}: {name}: {type(error).__name__}", flush=True)
         best = min(times, key=times.get)
         rows.append(
             {"told": told, "calls": calls, "seconds": now, "best": best, "best_seconds": times[best], "times": times}
         )
-        total, best_total = total + calls * now, best_total + calls * min(now, times[best])
         print(f"{calls:3d} x {now * 1e6:7.1f} -> {times[best] * 1e6:7.1f} us {best}: {told}", flush=True)
-    print(f"in all {total * 1e3:.2f} ms, at best {best_total * 1e3:.2f} ms")
-    return {"rows": rows}
+    chosen, gained = fastest(found)
+    total = sum(row["calls"] * row["seconds"] for row in rows)
+    print(f"in all {total * 1e3:.2f} ms, with {len(chosen)} other choices {(total - gained) * 1e3:.2f} ms")
+    return {"rows": rows, "timed": written(timed.TIMED | chosen)}
+
+
+def fastest(found: dict[tuple, list[tuple]]) -> tuple[dict, float]:
+    """({rule and arguments: options}, seconds gained). found: of each rule and arguments, for every launch and variant,
+    its seconds, those of the launch as it is, and the options."""
+    chosen, gained = {}, 0.0
+    for rule, trials in found.items():
+        variants = defaultdict(list)
+        for seconds, now, options in trials:
+            variants[tuple(options.items())].append((seconds, now))
+        most = max(map(len, variants.values()))  # of a rule's launches; one that some cannot take is no choice
+        sums = {options: [sum(times) for times in zip(*of)] for options, of in variants.items() if len(of) == most}
+        options, (seconds, now) = min(sums.items(), key=lambda item: item[1][0])
+        if seconds < WORTH * now:
+            registers = {"maxnreg": None} if "TALL" in dict(options) else {}  # those of the rule are for its own block
+            chosen[rule], gained = dict(options) | registers, gained + now - seconds
+    return chosen, gained
+
+
+def written(table: dict) -> str:
+    """The source of timed.py with the table."""
+    head = Path(timed.__file__).read_text().partition("TIMED = ")[0]
+    lines = [f"    {rule!r}: {options!r},  # fmt: skip" for rule, options in sorted(table.items(), key=repr)]
+    return head + "\n".join(["TIMED = {", *lines, "}"]) + "\n"
 
 
 def _seconds(launch, device: str, rounds: int) -> float:

@@ -39,7 +39,7 @@ class Backward:
             "partial_ptr": self.partial, "sums_ptr": self.sums, "counters_ptr": work.counters, "entries_ptr": entries,
         }  # fmt: skip
         moved = work.moved(lambda: p.m * p.c * (work.count_terms(node, with_through) + p.k))
-        options = work.block | tuning.reducing(work.bytes)
+        options = work.block | tuning.reducing(padded(p.c), work.bytes)
         launch(node_reduce_kernel, (self.parts, len(table)), tensors, moved, M=p.m, **options)
 
     def draw(self, name, group, make, d, m: int):
@@ -54,7 +54,7 @@ class Backward:
             "opened_ptr": work.opened, "jobs_ptr": job_table, "parts_ptr": part_table,
         }  # fmt: skip
         moved = work.moved(lambda: m * p.c * sum(2 + job[6] for job in jobs if work.open_on_host[job[4]]))
-        options = work.block | tuning.drawing(padded(p.c))
+        options = work.block | tuning.drawing(padded(p.c), work.bytes)
         launch(draw_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, TRAINING=work.training, **options)
 
     def group(self, group):

@@ -145,7 +145,7 @@ class Forward:
         launch(
             pool_fwd_kernel, (tuning.tiles(p.m), len(table)), tensors, moved, M=p.m, H=size[0], W=size[1],
             OH=p.outer[0], OW=p.outer[1], SHARES=p.shares, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
-            **(self.block | tuning.pooling(padded(p.c))),
+            **(self.block | tuning.pooling(padded(p.c), self.bytes)),
         )  # fmt: skip
         self.left += [(job[4], tuning.tiles(p.m)) for job in table if job[4] >= 0]
 
@@ -174,7 +174,7 @@ class Forward:
             "terms_ptr": terms, "starts_ptr": starts,
         }  # fmt: skip
         moved = self.moved(lambda: p.m * p.c * (self.count_terms(node, True) + 2 * p.k))
-        options = tuning.node(padded(p.c), p.k)
+        options = tuning.node(padded(p.c), p.k, self.bytes)
         launch(
             node_fwd_kernel, (pieces(p.m, options["BLOCK"]),), tensors, moved, M=p.m, SLICE=p.slice, K=p.k,
             OUT_ROW=out.shape[1], **(self.block | options),

@@ -15,6 +15,7 @@ import triton.language as tl
 from .convolution import position
 from .launch import both, kernel
 from .packing import expand
+from .pools import inverse_count
 from .statistics import add_up, finishes_last, leave_sums
 
 
@@ -142,10 +143,13 @@ def _normalized(pointer, rows, c, row, mask, mean_ptr, inverse_ptr, C: tl.conste
 def _sum_of_terms(
     s, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, rows, c, mask, C: tl.constexpr
 ):
-    """Of slice s."""
+    """Of slice s. The next term's coefficient is loaded before a term is: one wait for both."""
     total = tl.zeros(mask.shape, tl.float32)
-    for t in range(tl.load(starts_ptr + s).to(tl.int32), tl.load(starts_ptr + s + 1).to(tl.int32)):
-        coefficient = tl.load(coefficients_ptr + tl.load(terms_ptr + t * 3 + 2))
+    first, end = tl.load(starts_ptr + s).to(tl.int32), tl.load(starts_ptr + s + 1).to(tl.int32)
+    ahead = tl.load(coefficients_ptr + tl.load(terms_ptr + first * 3 + 2, mask=first < end, other=0))
+    for t in range(first, end):
+        coefficient = ahead
+        ahead = tl.load(coefficients_ptr + tl.load(terms_ptr + tl.minimum(t + 1, end - 1) * 3 + 2))
         if coefficient != 0:
             term = work_ptr + tl.multiple_of(tl.load(terms_ptr + t * 3), 8)
             row = tl.load(terms_ptr + t * 3 + 1).to(tl.int32)
@@ -255,6 +259,36 @@ def draw_kernel(
     tl.store(out + where, (gradient * inverse[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _passed_back(
+    total, d_ptr, index_ptr, AVERAGED: tl.constexpr, n, y, x, inside, c, H: tl.constexpr, W: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """total, with what the outputs of a 3x3 pooling that see (y, x) pass back: a share of an average, or all where the
+    maximum lay here."""
+    where = (((n * OH + y // STRIDE) * OW + x // STRIDE).to(tl.int64) * C)[:, None] + c[None, :]
+    for ky in range(3):
+        # of stride 2 the first tap is one of the next output, where y is odd, and the last one of y's own
+        dy = (2 - ky) // STRIDE + STRIDE - 2
+        oy = y // STRIDE + dy
+        row = inside & (oy >= 0) & (oy < OH)
+        if STRIDE == 2:
+            row = row & ((y + ky) % 2 == 1)
+        for kx in tl.static_range(3):
+            dx = (2 - kx) // STRIDE + STRIDE - 2
+            ox = x // STRIDE + dx
+            fits = row & (ox >= 0) & (ox < OW)
+            if STRIDE == 2:
+                fits = fits & ((x + kx) % 2 == 1)
+            mask, place = fits[:, None] & (c < C)[None, :], where + (dy * OW + dx) * C
+            d = tl.load(d_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            if AVERAGED:
+                total += d * (inverse_count(oy, H, STRIDE) * inverse_count(ox, W, STRIDE))[:, None]
+            else:
+                total += tl.where(tl.load(index_ptr + place, mask=mask, other=255) == ky * 3 + kx, d, 0.0)
+    return total
+
+
 @kernel
 def state_bwd_kernel(
     d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, coefficients_ptr, opened_ptr,
@@ -302,24 +336,10 @@ def state_bwd_kernel(
         if tl.load(opened_ptr + tl.load(pooling + 3)) != 0:
             pooled = d_pooled_ptr + tl.multiple_of(tl.load(pooling), 8)
             index = index_ptr + tl.multiple_of(tl.load(pooling + 1), 8)
-            mode = tl.load(pooling + 2)
-            for tap in range(0, 9):
-                oy, ox = y + 1 - tap // 3, x + 1 - tap % 3
-                fits = inside & (oy >= 0) & (ox >= 0)
-                if STRIDE == 2:
-                    fits = fits & (oy % 2 == 0) & (ox % 2 == 0)
-                    oy, ox = oy // 2, ox // 2
-                fits = fits & (oy < OH) & (ox < OW)
-                place = (((n * OH + oy) * OW + ox).to(tl.int64) * C)[:, None] + c[None, :]
-                taken = fits[:, None] & (c < C)[None, :]
-                # of an average the padding does not count
-                top, left = tl.maximum(oy * STRIDE - 1, 0), tl.maximum(ox * STRIDE - 1, 0)
-                size = (tl.minimum(oy * STRIDE + 2, H) - top) * (tl.minimum(ox * STRIDE + 2, W) - left)
-                share = tl.where(mode == 0, 1.0, 1.0 / tl.maximum(size, 1).to(tl.float32))
-                d = tl.load(pooled + place, mask=taken, other=0.0).to(tl.float32) * share[:, None]
-                if mode == 0:
-                    d = tl.where(tl.load(index + place, mask=taken, other=255) == tap, d, 0.0)
-                total += d
+            if tl.load(pooling + 2) == 0:
+                total = _passed_back(total, pooled, index, False, n, y, x, inside, c, H, W, OH, OW, STRIDE, C)
+            else:
+                total = _passed_back(total, pooled, index, True, n, y, x, inside, c, H, W, OH, OW, STRIDE, C)
 
     out = out_ptr + tl.multiple_of(tl.load(jobs_ptr + 7), 8)
     if IS_NODE:

@@ -271,7 +271,7 @@ class _Normalize(torch.autograd.Function):
             "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": torch.zeros(2, dtype=torch.int32, device=device),
             "entries_ptr": entries,
         }  # fmt: skip
-        options = block | tuning.reducing(raw.element_size())
+        options = block | tuning.reducing(padded(c), raw.element_size())
         launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **options)
         d_raw = torch.empty_like(raw)
         tensors = {
@@ -307,7 +307,7 @@ class _Node(torch.autograd.Function):
             "inverse_ptr": torch.ones(1, c, device=device), "coefficients_ptr": coefficients,
             "terms_ptr": _table(table, device), "starts_ptr": _table(starts, device),
         }  # fmt: skip
-        options = tuning.node(padded(c), k)
+        options = tuning.node(padded(c), k, base.element_size())
         launch(
             node_fwd_kernel, (pieces(m, options["BLOCK"]),), tensors, sum(t.nbytes for t in terms) + 2 * out.nbytes,
             M=m, SLICE=m * c, K=k, OUT_ROW=k * c, C=c, P=padded(c), **options,

@@ -1,8 +1,13 @@
-"""Block shapes of the kernels: static tables, since autotuning needs a driver and would make two runs differ.
+"""Block shapes of the kernels: static rules, since autotuning needs a driver and would make two runs differ.
 
 Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``), but for the kernels of rows.py; the others
-are chosen by what fits.
+are chosen by what fits. What ``benchmarks.tune`` finds faster goes into timed.py, and comes before the rules here.
 """
+
+from collections.abc import Callable
+from functools import wraps
+
+from .timed import TIMED
 
 # block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
 # channels, that a program adds up at a time.
@@ -17,32 +22,51 @@ def tiles(rows: int) -> int:
     return -(-rows // block())
 
 
-def node(wide: int, k: int) -> dict:
+def timed(rule: Callable[..., dict]) -> Callable[..., dict]:
+    """The rule, but for arguments that timed.py knows better. They are given by position."""
+
+    @wraps(rule)
+    def choose(*arguments):
+        options = rule(*arguments) | TIMED.get((rule.__name__, *arguments), {})
+        return {name: value for name, value in options.items() if value is not None}
+
+    return choose
+
+
+@timed
+def node(wide: int, k: int, size: int) -> dict:
     """wide: channels of a slice, padded; all k slices are a program's. It waits for its loads, term by term: many small
     programs hide that."""
     return {"BLOCK": max(16, 1024 // (wide * k)), "num_warps": 2}
 
 
-def reducing(size: int) -> dict:
+@timed
+def reducing(wide: int, size: int) -> dict:
     """Of sums over a node. In float32 16 channels spill with 4 warps, on sm_90."""
     return {"num_warps": 8 if size == 4 else 4}
 
 
-def drawing(wide: int) -> dict:
+@timed
+def drawing(wide: int, size: int) -> dict:
     return {"num_warps": 2 if wide <= 16 else 4}
 
 
-def pooling(wide: int) -> dict:
-    return {"num_warps": 2 if wide <= 8 else 4}
+@timed
+def pooling(wide: int, size: int) -> dict:
+    return {"num_warps": 8 if wide * size >= 128 else 2 if wide <= 8 else 4}
 
 
+@timed
 def state_gradient(wide: int, size: int, stride: int) -> dict:
-    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held."""
+    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held. Left to itself
+    the compiler takes 40 to 64 registers, and spills where 128 are said."""
     if stride == 2:
-        return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8)}
-    return {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
+        return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8), "maxnreg": 128}
+    options = {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
+    return options | ({"maxnreg": 128} if size == 4 or wide >= 32 else {})
 
 
+@timed
 def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: int) -> dict:
     """wide_in, wide_out: columns of the two operands, powers of two. width: of the map that is read. precision: of
     float32, ``ieee`` or ``tf32``. size: bytes of an element. Exact float32 takes no tensor cores, and four times the
@@ -59,6 +83,7 @@ def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: i
     return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 1}
 
 
+@timed
 def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size: int) -> dict:
     # a step over one tap, or over part of one, where that is wide enough: then the compiler sees runs of channels
     columns, exact = min(wide_in, 64), size == 4 and precision == "ieee"
@@ -75,6 +100,7 @@ def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size
     return {"BLOCK_K": wide_out if whole else k, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
+@timed
 def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> dict:
     # a program holds BLOCK_K x wide_out sums: 64 registers a thread at 8192 and 4 warps
     exact = size == 4 and precision == "ieee"
@@ -96,6 +122,7 @@ def _rows(block: int, tall: int, wide: int, warps: int, registers: int | None = 
     return options | ({} if registers is None else {"maxnreg": registers})
 
 
+@timed
 def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two."""
     if size == 4 and precision == "ieee":
@@ -115,6 +142,7 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
     return _rows(64 if columns == 128 else 32, 2 if columns == 128 else 1, 32, 8)
 
 
+@timed
 def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size: int) -> dict:
     """summed: channels that a product sums over, of all edges of a segment. width: of the map; with it changes what the
     compiler makes of the same number of registers."""
@@ -135,6 +163,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     return columns | _rows(32, 8, min(32, max(16, summed)), 2, registers)
 
 
+@timed
 def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     if size == 4 and precision == "ieee":
         return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8)

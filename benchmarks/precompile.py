@@ -1,0 +1,120 @@
+"""Compiles all that ``benchmarks.gpu`` launches, on a machine without a GPU, into a file to be carried to one with.
+
+    python -m benchmarks.precompile --arch 90 --out compiled.tar.xz
+    python -m benchmarks.gpu --compiled compiled.tar.xz ...
+
+Compiling takes longer than all measurements together, and a GPU that is lent by the minute is not to wait for it. Both
+machines need the same versions of Triton and of this checkout; what a file lacks is compiled where it is missing.
+Stopped and called again, it goes on.
+"""
+
+import json
+import os
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks import aot
+
+SUFFIXES = (".json", ".cubin")  # of what Triton reads again; it leaves sources as well
+
+
+def jobs() -> list[dict]:
+    """Of check-kernels, of the steps in the GPU script, and of what ``benchmarks.tune`` times, in this order."""
+    from benchmarks import tune
+
+    asked = aot.Options(dtypes=("bfloat16", "tf32"), searches=("cifar",), partial=(2,))
+    return list({**_checked(), **aot.configurations(asked), **tune.configurations()}.values())
+
+
+def _checked() -> dict[tuple, dict]:
+    """As aot.configurations gives them: of what check-kernels launches."""
+    import torch
+    from fpdarts.kernels.triton.launch import counting
+
+    from fpdarts import check as checking
+
+    class Side(checking.Side):
+        def autocast(self):  # there is none on the meta device; states have its dtype all the same
+            return nullcontext()
+
+    found = {}
+    for amp in ("off", "bf16"):
+        side = Side("triton", torch.device("meta"), torch.float32, amp)
+        for case in (case for cases in checking.operations().values() for case in cases):
+            with counting() as launched:
+                case.compute(side, 0)
+            for launch in launched.all:
+                key, job = aot.specialized(launch)
+                found.setdefault(key, job | {"dtype": amp})
+    return found
+
+
+def compile_all(jobs: list[dict], arch: int) -> list[str]:
+    """Into Triton's cache, on all cores; returns what did not compile, and why."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        errors = list(pool.map(_error, jobs, repeat(arch), chunksize=4))
+    return [f"{job['kernel']} {aot.told(job)}: {error}" for job, error in zip(jobs, errors) if error]
+
+
+def _error(job: dict, arch: int) -> str | None:
+    same_keys()
+    try:
+        aot.binary(job, arch)
+    except Exception as error:  # the compiler raises many kinds
+        return f"{type(error).__name__}: {error}"[:300]
+
+
+def same_keys():
+    """Has Triton's cache tell compilers apart by their version, not by the bytes of their libraries, which are others
+    for each Python."""
+    import triton
+    from triton.runtime import cache
+
+    if hasattr(cache, "triton_key"):
+        cache.triton_key = lambda: triton.__version__
+
+
+def pack(cache: Path, target: Path):
+    partial = target.with_name(target.name + ".partial")
+    with tarfile.open(partial, "w:xz") as archive:
+        for path in sorted(cache.rglob("*")):
+            if path.suffix in SUFFIXES:
+                archive.add(path, path.relative_to(cache))
+    partial.replace(target)
+
+
+def unpack(source: Path, cache: Path):
+    """Triton writes down where its files lie: that is put right."""
+    with tarfile.open(source) as archive:
+        archive.extractall(cache, filter="data")
+    for path in cache.rglob("__grp__*"):
+        names = json.loads(path.read_text())["child_paths"]
+        path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
+
+
+def main(options):
+    target = Path(options.out)
+    cache = target.parent / (target.name.removesuffix(".tar.xz") + "-cache")
+    os.environ["TRITON_CACHE_DIR"] = str(cache.absolute())
+    wanted = jobs()
+    errors = compile_all(wanted, options.arch)
+    pack(cache, target)
+    print(f"{len(wanted)} configurations, {target.stat().st_size / 1e6:.1f} MB in {target}")
+    print("\n".join(errors) or "all compile")
+    return bool(errors)
+
+
+if __name__ == "__main__":
+    import argparse
+    import sys
+
+    import fpdarts  # noqa: F401  finds fpdarts.kernels in a checkout
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability times ten")
+    parser.add_argument("--out", default="compiled.tar.xz")
+    sys.exit(main(parser.parse_args()))

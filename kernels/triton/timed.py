@@ -1,0 +1,6 @@
+"""Block shapes that were timed on a GPU; ``benchmarks.tune`` writes this file.
+
+(name and arguments of a rule in tuning.py) -> options in place of the rule's; None takes one away.
+"""
+
+TIMED = {}

@@ -1,0 +1,66 @@
+"""Block shapes: rules, what was timed in their place, and compiled kernels that travel."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fpdarts.kernels.triton import timed, tuning
+
+from benchmarks import aot, precompile, tune
+
+RULE = "rows_forward", 8, 32, "ieee", 2
+
+
+def test_every_launch_of_a_search_has_the_options_of_its_rule():
+    launches = list(aot.searched("cifar", torch.bfloat16, aot.Options(partial=(2,))))
+    kernels = set()
+    for launch, _ in tune.distinct(launches).values():
+        rule, *arguments = tune.rule_of(launch)
+        options = getattr(tuning, rule)(*arguments)
+        assert options and options.items() <= launch.arguments.items(), (launch.kernel.fn.__name__, rule, arguments)
+        kernels.add(launch.kernel.fn.__name__)
+    assert kernels == set(tune.CANDIDATES)
+
+
+def test_what_was_timed_comes_before_the_rule(monkeypatch):
+    ruled = tuning.rows_forward(*RULE[1:])
+    monkeypatch.setitem(timed.TIMED, RULE, {"TALL": 2, "maxnreg": None})
+    assert tuning.rows_forward(*RULE[1:]) == {name: v for name, v in ruled.items() if name != "maxnreg"} | {"TALL": 2}
+    assert tuning.rows_forward(8, 8, "ieee", 2)["TALL"] != 2
+
+
+def test_the_fastest_is_chosen_for_all_launches_of_a_rule():
+    two, four = {"num_warps": 2}, {"num_warps": 4}
+    found = {
+        RULE: [(3.0, 4.0, {"TALL": 4}), (2.0, 4.0, {"TALL": 8}), (1.0, 4.0, {"TALL": 4})],  # 8 is for one of them only
+        ("pooling", 8, 2): [(1.0, 2.0, two), (3.0, 2.0, four), (5.0, 2.0, two), (0.5, 2.0, four)],
+        ("drawing", 8, 2): [(1.99, 2.0, two)],  # not worth it
+    }
+    chosen, gained = tune.fastest(found)
+    assert chosen == {RULE: {"TALL": 4, "maxnreg": None}, ("pooling", 8, 2): four}
+    assert gained == pytest.approx(4 + 0.5)
+
+
+def test_the_table_is_written_as_it_is_read():
+    table = {RULE: {"BLOCK": 32, "maxnreg": None}, ("node", 8, 2, 2): {"BLOCK": 16}}
+    found = {}
+    exec(tune.written(table), found)
+    assert found["TIMED"] == table
+    assert tune.written(timed.TIMED).partition("TIMED")[0] == tune.written(table).partition("TIMED")[0]
+
+
+def test_compiled_kernels_travel(tmp_path):
+    there, file, here = tmp_path / "there", tmp_path / "compiled.tar.xz", tmp_path / "here"
+    (there / "KEY").mkdir(parents=True)
+    for name in ("k.cubin", "k.json", "k.source"):
+        (there / "KEY" / name).write_text(name)
+    paths = {name: str(there / "KEY" / name) for name in ("k.cubin", "k.json", "k.source")}
+    (there / "KEY" / "__grp__k.json").write_text(json.dumps({"child_paths": paths}))
+    precompile.pack(there, file)
+    precompile.unpack(file, here)
+    found = json.loads((here / "KEY" / "__grp__k.json").read_text())["child_paths"]
+    assert found["k.cubin"] == str(here / "KEY" / "k.cubin")
+    assert sorted(path.name for path in (here / "KEY").iterdir()) == ["__grp__k.json", "k.cubin", "k.json"]
