@@ -191,16 +191,17 @@ template <int V> class Backward : public Gradients<V> {
                     const int64_t size = int64_t(l.blocks) * height * width * V;
                     float* d_map = source < 2 ? d_input(source, slice) + at : sent + slice * size;
                     bool convolved = false;
-                    const auto begin = [&](bool writes) {
-                        if (convolved) return false;
+                    const auto begin = [&](bool adds) {
+                        if (convolved) return;
                         fill_tile<V>(buffer.tile, t, l.blocks, map, {});
-                        if (!writes) std::fill_n(buffer.d_map, l.blocks * t.height * padded(t.width) * V, 0.0f);
-                        return convolved = true;
+                        if (adds) std::fill_n(buffer.d_map, l.blocks * t.height * padded(t.width) * V, 0.0f);
+                        convolved = true;
                     };
                     for (const Stage& s : stages.all) {
                         if (s.o->path != slice) continue;
                         // a first stage may write what the others add to; those compiled for second stages can
-                        const bool writes = stride == 1 && s.o->dilation == 1, first = begin(writes) && writes;
+                        const bool writes = !convolved && stride == 1 && s.o->dilation == 1;
+                        begin(!writes);
                         const float* g = s.between < 0 ? d_node(l.edges[s.edge].node, slice) : d_between(s.between);
                         specialized(s.o->kernel, s.o->dilation, stride, [&](auto k, auto dilation, auto strides) {
                             const auto run = [&](auto add) {
@@ -208,14 +209,14 @@ template <int V> class Backward : public Gradients<V> {
                                                                  a.work + l.raw(s.row) + out_at, share);
                             };
                             if constexpr (dilation == 1 && strides == 1) {
-                                if (first) return run(Constant<false>{});
+                                if (writes) return run(Constant<false>{});
                             }
                             run(Constant<true>{});
                         });
                     }
                     for (const Skip& s : skips) {
                         if (s.o->path != slice) continue;
-                        begin(false);
+                        begin(true);
                         skip_backward(skip, s.f, s.weights.data(), map, d_node(s.e->node, slice) + out_at,
                                       a.work + l.raw(s.o->row[0] + s.e->row) + out_at, height, width, buffer.d_map,
                                       pixels, drawn,
