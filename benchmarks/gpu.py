@@ -1,14 +1,14 @@
 """Everything that a machine with an NVIDIA GPU is asked, in one script: is it right, how fast, and does it search?
 
     python -m benchmarks.gpu --out DIR [--data CIFAR-10] [--minutes 10] [--parts check-fp32,steps-bf16]
-        [--compiled FILE] [--dry-run]
+        [--precompiled FILE] [--dry-run]
 
 Needs torch, triton, numpy and pillow, nothing else, and fetches nothing; it runs from the root of a checkout that need
 not be installed. Each part runs in a process of its own, with a time limit, and leaves DIR/<part>.json before the next
 one begins; one that is there already is not run again, so that a second call goes on where time ran out. The summary is
 printed last, and DIR/gpu.json holds everything.
 
---data: a CIFAR-10 archive's folder, an image folder, or a .tar of one. --compiled: what benchmarks.precompile made.
+--data: a CIFAR-10 archive's folder, an image folder, or a .tar of one. --precompiled: what benchmarks.precompile made.
 Part ``tuning`` writes kernels/triton/timed.py, to be kept. --dry-run: all of it on the CPU, in Triton's interpreter,
 with tiny shapes.
 """
@@ -70,12 +70,12 @@ def compile_kernels(options):
     jobs, (major, minor) = precompile.jobs(), torch.cuda.get_device_capability()
     arch, some = 10 * major + minor, jobs[::100]
     start = time.perf_counter()
-    if options.compiled:
+    if options.precompiled:
         for job in some:
             aot.binary(job, arch)
         if time.perf_counter() - start < 0.1 * len(some):
             print(f"{len(jobs)} configurations, compiled elsewhere")
-            return {"jobs": len(jobs), "errors": [], "compiled": options.compiled}
+            return {"jobs": len(jobs), "errors": [], "precompiled": options.precompiled}
     errors = precompile.compile_all(jobs, arch)
     print(f"{len(jobs)} configurations; {errors[:10] or 'all compile'}")
     return {"jobs": len(jobs), "errors": errors}
@@ -324,7 +324,7 @@ WORK = {
 def _run_part(part, options, out, left) -> dict:
     """In a process of its own: what a kernel can do to a process is not to reach the other parts."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--only", part, "--seconds", f"{left:.0f}"]
-    for name in ("data", "compiled"):
+    for name in ("data", "precompiled"):
         command += [f"--{name}", getattr(options, name)] * bool(getattr(options, name))
     command += ["--dry-run"] * options.dry_run
     variables = {**os.environ, "TRITON_INTERPRET": "1"} if options.dry_run else dict(os.environ)
@@ -353,8 +353,8 @@ def main(options):
         partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
         partial.replace(target)
         return 0
-    if options.compiled:
-        unpack(Path(options.compiled), Path(triton.knobs.cache.dir))
+    if options.precompiled:
+        unpack(Path(options.precompiled), Path(triton.knobs.cache.dir))
     deadline, ran = time.perf_counter() + 60 * options.minutes, {}
     parts = options.parts.split(",") if options.parts else [part for part in PARTS if part not in SKIPPED]
     for part in parts:
@@ -406,7 +406,7 @@ def _options():
     parser.add_argument("--data")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--parts", help="comma between them; without, all but " + ", ".join(SKIPPED))
-    parser.add_argument("--compiled", help="what benchmarks.precompile made for this GPU")
+    parser.add_argument("--precompiled", help="what benchmarks.precompile made for this GPU")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", choices=WORK, help="this part, in this process")
     parser.add_argument("--seconds", type=float, default=540, help="with --only: what is left")

@@ -1,7 +1,7 @@
 """Compiles all that ``benchmarks.gpu`` launches, on a machine without a GPU, into a file to be carried to one with.
 
     python -m benchmarks.precompile --arch 90 --out compiled.tar.xz
-    python -m benchmarks.gpu --compiled compiled.tar.xz ...
+    python -m benchmarks.gpu --precompiled compiled.tar.xz ...
 
 Compiling takes longer than all measurements together, and a GPU that is lent by the minute is not to wait for it. Both
 machines need the same versions of Triton and of this checkout; what a file lacks is compiled where it is missing.
