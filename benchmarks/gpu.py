@@ -34,8 +34,8 @@ PARTS = {
     "check-bf16": 240,
     "kernels": 180,
     "tuning": 240,
+    "steps-bf16": 420,  # right with the blocks that were found?
     "search": 420,
-    "steps-bf16": 420,
     "retrain-steps": 420,
     "loading": 150,
     "steps-fp32": 420,
