@@ -191,8 +191,8 @@ def compiled(job: dict, arch: int) -> dict:
     if job["kernel"] not in NARROW:
         if row["widest_load"] < 64:
             problems.append("narrow loads")
-        # of a small tile of weights, a thread may load single elements; of 4 channels, rows.py has code for 16 of them: for
-        # each row of taps, of sides 3 and 5, of both dilations
+        # of a small tile of weights, a thread may load single elements; of 4 channels, rows.py has code for 16 of them:
+        # for each row of taps, of sides 3 and 5, of both dilations
         elif row["loads"].get("16", 0) > (16 if job["kernel"].startswith("rows_") and job["constants"]["C"] < 8 else 2):
             problems.append("16-bit loads")
     return row | {"problems": problems, "passed": not problems}

@@ -1,4 +1,4 @@
-"""3x3 poolings and the 2x2 maxima of the bypass, forward; their backward is part of the state's gradient (mixture.py)."""
+"""3x3 poolings and the 2x2 maxima of the bypass, forward; their backward is part of the state's (mixture.py)."""
 
 import triton
 import triton.language as tl

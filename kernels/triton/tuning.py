@@ -58,8 +58,8 @@ def pooling(wide: int, size: int) -> dict:
 
 @timed
 def state_gradient(wide: int, size: int, stride: int) -> dict:
-    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held. Left to itself
-    the compiler takes 40 to 64 registers, and spills where 128 are said."""
+    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held. Where 128
+    registers are said, the compiler takes 40 to 64 by itself, and spills."""
     if stride == 2:
         return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8), "maxnreg": 128}
     options = {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
