@@ -17,6 +17,8 @@ from fpdarts.check import CELL_TOLERANCE
 from fpdarts.space import DEFAULT_SUBSETS
 
 TESTED = os.environ.get("FPDARTS_TESTED", "triton")
+if TESTED == "triton":
+    from tests.interpreter import language_patched_once, memory_is_the_kernels, said_multiples_are_some  # noqa: F401
 triton_only = pytest.mark.skipif(TESTED != "triton", reason="of Triton's kernels")
 derived = pytest.mark.skipif(
     kernels.available("cpu", "derived_cell")[TESTED] is not None, reason="the back end has no derived cells"
@@ -31,27 +33,6 @@ def larger_steps(request, monkeypatch):
         from fpdarts.kernels.triton import tuning
 
         monkeypatch.setattr(tuning, "_rows", lambda *_: {"BLOCK": 32, "TALL": 4, "WIDE": 64, "num_warps": 4})
-
-
-@pytest.fixture(autouse=True)
-def language_patched_once(monkeypatch):
-    """The interpreter looks through Triton's language for what it has to replace, whenever a kernel calls a function:
-    a fifth of the time. Of one that was replaced already it finds nothing."""
-    if TESTED != "triton":
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = getattr(interpreter, "_patch_lang", None)  # private: another version may not have it
-    if patch is None:
-        return
-
-    def patch_once(function):
-        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
-        if any(tl.core.is_builtin(language.load) for language in languages):
-            return patch(function)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
 
 
 TWICE = TESTED != "triton"  # in the interpreter only where a test asks for it: it would take minutes more
@@ -430,6 +411,18 @@ def test_learning_is_the_same():
     torch.testing.assert_close(torch.tensor(losses[TESTED]), torch.tensor(losses["reference"]), rtol=1e-4, atol=1e-4)
     # a tenth of what Adam moves an alpha in one step, whose gradient may be near zero and then has few right digits
     torch.testing.assert_close(alphas[TESTED], alphas["reference"], rtol=0, atol=1e-3)
+
+
+@triton_only
+def test_kernels_are_watched():
+    from tests.interpreter import copy_kernel
+
+    x, small = torch.randn(12), torch.zeros(10)
+    copy_kernel[(1,)](x, small, START=2, C=8)
+    assert torch.equal(small[2:], x[2:10])
+    for out, start, error in ((small, 4, "a store of 2 elements"), (x, 6, "a load of 2 "), (x, 3, "no multiple of 2")):
+        with pytest.raises(Exception, match=error):
+            copy_kernel[(1,)](x, out, START=start, C=8)
 
 
 def test_what_it_cannot_compute_is_named():
