@@ -13,9 +13,12 @@ import os
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from pkgutil import iter_modules
 
 from benchmarks import aot
 
@@ -68,19 +71,35 @@ def _error(job: dict, arch: int) -> str | None:
         return f"{type(error).__name__}: {error}"[:300]
 
 
+@cache
 def same_keys():
-    """Has Triton's cache tell compilers apart by their version, not by the bytes of their libraries, which are others
-    for each Python."""
+    """Makes the keys of Triton's cache the same in all processes, here and where the file is carried to.
+
+    Compilers are told apart by their version, not by the bytes of their libraries, which are others for each Python.
+    And a function's key has the constants of those that it calls only if their keys were asked for before: that is done.
+    """
     import triton
-    from triton.runtime import cache
+    from fpdarts.kernels import triton as package
+    from triton.runtime import JITFunction, cache
 
     if hasattr(cache, "triton_key"):
         cache.triton_key = lambda: triton.__version__
 
+    def ask(function):
+        for name in function.fn.__code__.co_names:
+            if isinstance(called := function.fn.__globals__.get(name), JITFunction):
+                ask(called)
+        return function.cache_key
+
+    for module in iter_modules(package.__path__, package.__name__ + "."):
+        for value in vars(import_module(module.name)).values():
+            if isinstance(value, JITFunction):
+                ask(value)
+
 
 def pack(cache: Path, target: Path):
     partial = target.with_name(target.name + ".partial")
-    with tarfile.open(partial, "w:xz") as archive:
+    with tarfile.open(partial, "w:xz", preset=2) as archive:  # a higher one takes minutes
         for path in sorted(cache.rglob("*")):
             if path.suffix in SUFFIXES:
                 archive.add(path, path.relative_to(cache))
