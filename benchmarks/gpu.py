@@ -68,12 +68,10 @@ def compile_kernels(options):
     if options.dry_run:  # the interpreter compiles nothing
         return {"jobs": 0, "errors": []}
     jobs, (major, minor) = precompile.jobs(), torch.cuda.get_device_capability()
-    arch, some = 10 * major + minor, jobs[::100]
-    start = time.perf_counter()
+    arch, hits = 10 * major + minor, []
     if options.precompiled:
-        for job in some:
-            aot.binary(job, arch)
-        if time.perf_counter() - start < 0.1 * len(some):
+        triton.knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
+        if all(aot.binary(job, arch) and hits[-1] for job in jobs[::100]):
             print(f"{len(jobs)} configurations, compiled elsewhere")
             return {"jobs": len(jobs), "errors": [], "precompiled": options.precompiled}
     errors = precompile.compile_all(jobs, arch)

@@ -94,40 +94,33 @@ def distinct(launches) -> dict[str, list]:
     return found
 
 
+# kernel -> the rule in tuning.py that it has its options from, and that rule's arguments
+RULES = {
+    "rows_fwd_kernel": ("rows_forward", "P", "COLUMNS", "PRECISION", "SIZE"),
+    "rows_dgrad_kernel": ("rows_data_gradient", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
+    "rows_wgrad_kernel": ("rows_weight_gradient", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
+    "convolve_fwd_kernel": ("convolution", "P_IN", "COLUMNS", "W", "PRECISION", "SIZE"),
+    "convolve_dgrad_kernel": ("data_gradient", "P_IN", "COLUMNS", "STRIDE", "PRECISION", "SIZE"),
+    "convolve_wgrad_kernel": ("weight_gradient", "P_IN", "COLUMNS", "PRECISION", "SIZE"),
+    "pool_fwd_kernel": ("pooling", "P", "SIZE"),
+    "node_fwd_kernel": ("node", "P", "K", "SIZE"),
+    "node_reduce_kernel": ("reducing", "P", "SIZE"),
+    "draw_kernel": ("drawing", "P", "SIZE"),
+    "state_bwd_kernel": ("state_gradient", "P", "SIZE", "STRIDE"),
+}
+
+
 def rule_of(launch) -> tuple:
-    """The rule in tuning.py, and its arguments, by which the launch got its options."""
-    given = launch.arguments
-    size = next(t.element_size() for name, t in launch.tensors.items() if name in ("x_ptr", "d_ptr", "work_ptr"))
-
-    def columns():
-        return given["EDGES"] * given["P"]
-
-    rules = {
-        "rows_fwd_kernel": lambda: ("rows_forward", given["P"], columns(), given["PRECISION"]),
-        "rows_dgrad_kernel": lambda: (
-            "rows_data_gradient", given["P"], columns(), given["W"], given["PRECISION"],
-        ),
-        "rows_wgrad_kernel": lambda: (
-            "rows_weight_gradient", given["P"], columns(), given["W"], given["PRECISION"],
-        ),
-        "convolve_fwd_kernel": lambda: (
-            "convolution", given["P_IN"], columns(), given["W"], given["PRECISION"],
-        ),
-        "convolve_dgrad_kernel": lambda: (
-            "data_gradient", padded(given["C_IN"]), columns(), given["STRIDE"], given["PRECISION"],
-        ),
-        "convolve_wgrad_kernel": lambda: (
-            "weight_gradient", given["P_IN"], columns(), given["PRECISION"],
-        ),
-        "pool_fwd_kernel": lambda: ("pooling", given["P"]),
-        "node_fwd_kernel": lambda: ("node", given["P"], given["K"]),
-        "node_reduce_kernel": lambda: ("reducing", given["P"]),
-        "draw_kernel": lambda: ("drawing", given["P"]),
-    }  # fmt: skip
-    name = launch.kernel.fn.__name__
-    if name == "state_bwd_kernel":
-        return "state_gradient", given["P"], size, given["STRIDE"]
-    return *rules[name](), size
+    """As a key of timed.TIMED."""
+    given = dict(launch.arguments)
+    given["SIZE"] = next(
+        launch.tensors[x].element_size() for x in ("x_ptr", "d_ptr", "work_ptr") if x in launch.tensors
+    )
+    given["COLUMNS"] = given.get("EDGES", 1) * given["P"]
+    if "C_IN" in given:
+        given["P_IN"] = padded(given["C_IN"])
+    rule, *arguments = RULES[launch.kernel.fn.__name__]
+    return rule, *(given[name] for name in arguments)
 
 
 def configurations() -> dict[str, dict]:
@@ -166,7 +159,8 @@ def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
             name = " ".join(f"{option}={value}" for option, value in chosen.items())
             try:
                 times[name] = _seconds(variant, device, rounds)
-                found[rule_of(launch)].append((calls * times[name], calls * now, chosen))
+                if variant is not launch:  # of which there is no other choice
+                    found[rule_of(launch)].append((calls * times[name], calls * now, chosen))
             except Exception as error:  # shapes that the chip cannot hold
                 print(f"{told}: {name}: {type(error).__name__}", flush=True)
         best = min(times, key=times.get)

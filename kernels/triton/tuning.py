@@ -23,7 +23,8 @@ def tiles(rows: int) -> int:
 
 
 def timed(rule: Callable[..., dict]) -> Callable[..., dict]:
-    """The rule, but for arguments that timed.py knows better. They are given by position."""
+    """The rule, but for arguments that timed.py knows better. They are given by position; what a rule does not use
+    itself tells choices there apart."""
 
     @wraps(rule)
     def choose(*arguments):
