@@ -16,6 +16,13 @@ from fpdarts import kernels
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """PyTorch's generator starts anywhere. One draw in some hundred is so badly conditioned that float32 misses a
+    tolerance on any back end."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def decoded_images_are_kept_elsewhere(tmp_path_factory):
     os.environ["FPDARTS_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # not in the user's folder
