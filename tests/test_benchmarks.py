@@ -119,7 +119,7 @@ def test_defaults_are_overridden_by_what_is_given():
 @pytest.mark.parametrize("d_weight", [True, False], ids=["weight step", "architecture step"])
 def test_flops_by_formula_equal_those_dispatched(gates, partial, stem, size, d_weight):
     with torch.device("meta"):
-        model = SuperNet(10, 8, 5, partial=partial, stem=stem, kernels="reference")
+        model = SuperNet(10, 8, 5, nodes=2, partial=partial, stem=stem, kernels="reference")
         images, labels = torch.empty(4, 3, size, size), torch.empty(4, dtype=torch.long)
     gates = GateSampler(*model.gate_shape, mode=gates).sample()
     trained = model.weight_parameters() if d_weight else model.architecture_parameters()

@@ -211,26 +211,22 @@ def test_resume_refuses_what_would_change_the_run(searched, capsys):
 @pytest.mark.parametrize("command", ["search", "retrain"])
 def test_killed_and_resumed_ends_bit_for_bit_the_same(command, tmp_path):
     epochs = 4
-    arguments = [sys.executable, "-m", "fpdarts", command, "--epochs", str(epochs), *TINY]
+    arguments = [command, "--epochs", str(epochs), *TINY]
     if command == "retrain":
         arguments += ["--drop-path", "0.3", "--holdout", "0.2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order
-
-    def start(*more):
-        return subprocess.Popen(
-            [*arguments, *more], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    victim = start("--out", killed)
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "fpdarts", *arguments, "--out", killed], cwd=ROOT, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums in one order
+    )  # fmt: skip
     while len(read_metrics(killed)) < 2 and victim.poll() is None:
         time.sleep(0.02)
     assert victim.poll() is None, "the run ended before it could be killed"
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert len(read_metrics(killed)) < epochs
-    assert start("--out", whole).wait() == 0
-    assert start("--out", killed, "--resume").wait() == 0
+    main([*arguments, "--out", str(whole)])
+    main([*arguments, "--out", str(killed), "--resume"])
 
     ours, theirs = load_checkpoint(killed), load_checkpoint(whole)
     assert ours["epoch"] == theirs["epoch"] == epochs - 1
