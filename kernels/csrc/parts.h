@@ -6,6 +6,8 @@
 
 namespace FPDARTS_ISA {
 
+constexpr int64_t KEPT = 1 << 20;  // floats of a result beyond which second caches would not keep it anyway
+
 template <int V> class Parts {
     const PartArguments& a;
     int n, c, edges, stride, size[2], out_size[2], pixels, out_pixels, blocks, lanes, threads;
@@ -28,17 +30,22 @@ template <int V> class Parts {
             const auto buffer = ForwardBuffers::take<V>(d.width, blocks, false);
             float* out = arena().take(blocks * d.height * d.width * V);
             const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
-            return [&, tile, buffer, out, whole](int image, int) {
+            const int64_t each = int64_t(out_pixels) * edges * c;
+            const bool past = n * each >= KEPT && each % V == 0;
+            float* made = past ? arena().take(each) : nullptr;
+            return [&, tile, buffer, out, whole, each, made](int image, int) {
+                float* of_image = made ? made : a.out + image * each;
                 for (int e = 0; e < edges; e++) {
                     if (e == 0 || a.own) fill(tile, t, image, e);
-                    float* to = whole ? a.out + int64_t(image) * out_pixels * edges * c + e * c : out;
+                    float* to = whole ? of_image + e * c : out;
                     const Steps steps = whole ? Steps{edges * c, long(d.width) * edges * c, V}
                                               : Steps::in_blocks<V>(d.height, d.width);
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
                         stage_forward<V, k, dilation, s>(tile, t, weights.of(e), blocks, to, steps, buffer, nullptr);
                     });
-                    if (!whole) scatter(a.out, edges * c, e * c, image, out_pixels, out);
+                    if (!whole) scatter(of_image, edges * c, e * c, 0, out_pixels, out);
                 }
+                if (made) copy_past<V>(a.out + image * each, made, each);
             };
         });
     }

@@ -19,6 +19,7 @@ from .library import (
     float32_only,
     gradient,
     library,
+    new_map,
     pointers,
     threads,
 )
@@ -44,15 +45,14 @@ def _run(part: int, like: Tensor, channels: int, backward: bool, **fields):
     )
 
 
-def _new(like: Tensor, channels: int, stride: int) -> Tensor:
+def _shape(like: Tensor, channels: int, stride: int) -> tuple[int, ...]:
     n, _, height, width = like.shape
-    shape = n, channels, -(-height // stride), -(-width // stride)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return n, channels, -(-height // stride), -(-width // stride)
 
 
-def _like(x: Tensor, needed: bool = True) -> Tensor:
-    """To be written; empty where it is not needed."""
-    return _new(x, x.shape[1], 1) if needed else x.new_empty(0)
+def _fake(like: Tensor, channels: int, stride: int = 1) -> Tensor:
+    """What an operator's map looks like to the compiler."""
+    return like.new_empty(_shape(like, channels, stride)).contiguous(memory_format=torch.channels_last)
 
 
 def _stage_fields(x, step, depthwise, pointwise, stride, dilation):
@@ -67,14 +67,14 @@ def _stage_fields(x, step, depthwise, pointwise, stride, dilation):
 def _stage(x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int) -> Tensor:
     (x, step), depthwise, pointwise = channels_last_slice(x), depthwise.contiguous(), pointwise.contiguous()
     edges, _, _, c = depthwise.shape
-    out = _new(x, edges * c, stride)
+    out = new_map(_shape(x, edges * c, stride))
     _run(_STAGE, x, c, False, out=out, **_stage_fields(x, step, depthwise, pointwise, stride, dilation))
     return out
 
 
 @_stage.register_fake
 def _(x, depthwise, pointwise, stride, dilation):
-    return _new(x, depthwise.shape[0] * depthwise.shape[3], stride)
+    return _fake(x, depthwise.shape[0] * depthwise.shape[3], stride)
 
 
 @torch.library.custom_op("fpdarts::stage_backward", mutates_args=(), device_types="cpu")
@@ -84,7 +84,8 @@ def _stage_backward(
     """need: of x, of the weights."""
     (x, step), depthwise, pointwise = channels_last_slice(x), depthwise.contiguous(), pointwise.contiguous()
     d_out = channels_last(d_out)
-    d_x, d_depthwise, d_pointwise = _like(x, need[0]), gradient(depthwise, need[1]), gradient(pointwise, need[1])
+    d_x = new_map(x.shape) if need[0] else x.new_empty(0)
+    d_depthwise, d_pointwise = gradient(depthwise, need[1]), gradient(pointwise, need[1])
     _run(
         _STAGE, x, depthwise.shape[3], True, d_out=d_out, d_x=d_x if need[0] else None,
         d_depthwise=d_depthwise if need[1] else None, d_pointwise=d_pointwise if need[1] else None,
@@ -95,7 +96,8 @@ def _stage_backward(
 
 @_stage_backward.register_fake
 def _(d_out, x, depthwise, pointwise, stride, dilation, need):
-    return _like(x, need[0]), gradient(depthwise, need[1]), gradient(pointwise, need[1])
+    d_x = _fake(x, x.shape[1]) if need[0] else x.new_empty(0)
+    return d_x, gradient(depthwise, need[1]), gradient(pointwise, need[1])
 
 
 def _save_stage(ctx, inputs, output):
@@ -122,27 +124,27 @@ def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
 @torch.library.custom_op("fpdarts::pooling", mutates_args=(), device_types="cpu")
 def _pooling(x: Tensor, kind: int, stride: int) -> Tensor:
     x, step = channels_last_slice(x)
-    out = _new(x, x.shape[1], stride)
+    out = new_map(_shape(x, x.shape[1], stride))
     _run(_POOLING, x, x.shape[1], False, x=x, step=step, out=out, kind=kind, stride=stride)
     return out
 
 
 @_pooling.register_fake
 def _(x, kind, stride):
-    return _new(x, x.shape[1], stride)
+    return _fake(x, x.shape[1], stride)
 
 
 @torch.library.custom_op("fpdarts::pooling_backward", mutates_args=(), device_types="cpu")
 def _pooling_backward(d_out: Tensor, x: Tensor, kind: int, stride: int) -> Tensor:
     (x, step), d_out = channels_last_slice(x), channels_last(d_out)
-    d_x = _like(x)
+    d_x = new_map(x.shape)
     _run(_POOLING, x, x.shape[1], True, x=x, step=step, d_out=d_out, d_x=d_x, kind=kind, stride=stride)
     return d_x
 
 
 @_pooling_backward.register_fake
 def _(d_out, x, kind, stride):
-    return _like(x)
+    return _fake(x, x.shape[1])
 
 
 def _save_pooling(ctx, inputs, output):
@@ -165,7 +167,7 @@ def pooling(x, operation, *, stride=1):
 def _node(terms: list[Tensor], coefficients: Tensor, slices: list[int], partial: int) -> Tensor:
     """slices: of each term. coefficients: (terms,)."""
     terms, c = [channels_last(term) for term in terms], terms[0].shape[1]
-    out = _new(terms[0], partial * c, 1)
+    out = new_map(_shape(terms[0], partial * c, 1))
     _run_node(terms, c, slices, partial, False, coefficients=coefficients, out=out)
     return out
 
@@ -179,7 +181,7 @@ def _run_node(terms, c, slices, partial, backward, **fields):
 
 @_node.register_fake
 def _(terms, coefficients, slices, partial):
-    return _new(terms[0], partial * terms[0].shape[1], 1)
+    return _fake(terms[0], partial * terms[0].shape[1])
 
 
 @torch.library.custom_op("fpdarts::node_backward", mutates_args=(), device_types="cpu")
@@ -187,7 +189,7 @@ def _node_backward(
     d_out: Tensor, terms: list[Tensor], coefficients: Tensor, slices: list[int], partial: int
 ) -> list[Tensor]:
     terms, d_out = [channels_last(term) for term in terms], channels_last(d_out)
-    gradients = [torch.empty_like(term) for term in terms]
+    gradients = [new_map(term.shape) for term in terms]
     d_coefficients, addresses = torch.empty_like(coefficients), pointers(gradients)
     _run_node(
         terms, terms[0].shape[1], slices, partial, True, coefficients=coefficients, d_out=d_out,
