@@ -52,6 +52,7 @@ def _reason_against(name: str, device: str) -> str | None:
     return import_module(f"{__name__}.{name}").unavailable(device)
 
 
+@cache
 def _reason_lacking(name: str, function: str) -> str | None:
     if hasattr(import_module(f"{__name__}.{name}"), function):
         return None
@@ -63,6 +64,7 @@ def available(device: str = "cpu", function: str = "cell") -> dict[str, str | No
     return {name: _reason_against(name, device) or _reason_lacking(name, function) for name in BACKENDS}
 
 
+@cache
 def _reason_of_dtype(name: str, dtype: Optional["torch.dtype"]) -> str | None:
     known = getattr(import_module(f"{__name__}.{name}"), "DTYPES", None)
     asked = str(dtype).removeprefix("torch.")
@@ -99,7 +101,7 @@ def _loaded(name: str, device: str, function: str, dtype: Optional["torch.dtype"
     reason = _reason_against(name, device) or _reason_lacking(name, function) or _reason_of_dtype(name, dtype)
     if reason:
         raise BackendUnavailable(f"kernels {name!r} cannot run here: {reason}")
-    return import_module(f"{__name__}.{name}").__name__
+    return f"{__name__}.{name}"
 
 
 _loaded._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, without importing torch

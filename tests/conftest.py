@@ -69,7 +69,11 @@ def plant(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
         if name not in kernels.BACKENDS:
             monkeypatch.setattr(kernels, "BACKENDS", (*kernels.BACKENDS, name))
-        kernels._reason_against.cache_clear()
+        forget()
+
+    def forget():
+        for reason in (kernels._reason_against, kernels._reason_lacking, kernels._reason_of_dtype):
+            reason.cache_clear()
 
     yield make
-    kernels._reason_against.cache_clear()
+    forget()

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..spec import EPSILON
 from .library import (
     PartArguments,
-    address,
     channels_last,
     channels_last_slice,
     float32_only,
@@ -30,7 +29,7 @@ _POOLINGS = {"max_pool_3x3": 1, "avg_pool_3x3": 2}  # Kind in cell.h
 
 def _run(part: int, like: Tensor, channels: int, backward: bool, **fields):
     """like: a map of the input's size."""
-    fields = {key: address(value) if isinstance(value, Tensor | None) else value for key, value in fields.items()}
+    fields = {key: value.data_ptr() if isinstance(value, Tensor) else value for key, value in fields.items()}
     library().fpdarts_part(
         PartArguments(
             part=part,
