@@ -222,7 +222,10 @@ def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
 def pointwise_weight_gradient(outputs: int, inputs: int, precision: str, size: int) -> dict:
     exact = size == 4 and precision == "ieee"
     most = 32 if exact else 64
-    return {
+    options = {
         "BLOCK": 32 if size == 4 else 64, "OUTPUTS": max(16, columns(outputs, most)),
         "INPUTS": max(16, columns(inputs, most)), "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
+    if size == 4 and not exact:
+        options["maxnreg"] = 255  # 164 at most; the compiler would choose 162 where it needs more, and spill
+    return options
