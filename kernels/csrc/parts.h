@@ -6,7 +6,7 @@
 
 namespace FPDARTS_ISA {
 
-constexpr int64_t KEPT = 1 << 20;  // floats of a result beyond which second caches would not keep it anyway
+constexpr int64_t KEPT = 1 << 20;  // floats of a result from which on second caches would not keep it anyway
 
 template <int V> class Parts {
     const PartArguments& a;

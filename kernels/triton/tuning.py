@@ -227,5 +227,5 @@ def pointwise_weight_gradient(outputs: int, inputs: int, precision: str, size: i
         "INPUTS": max(16, columns(inputs, most)), "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
     if size == 4 and not exact:
-        options["maxnreg"] = 255  # 164 at most; the compiler would choose 162 where it needs more, and spill
+        options["maxnreg"] = 255  # 168 are used at most; the compiler would choose 162 for one of them, and spill
     return options
