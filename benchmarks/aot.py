@@ -44,8 +44,8 @@ class Options:
     out: str | None = None
 
 
-def configurations(options: Options) -> dict[tuple, dict]:
-    """(kernel, constants and specialization) -> what a process needs to compile it, over all steps."""
+def configurations(options: Options, arch: int) -> dict[str, dict]:
+    """What tells a configuration apart -> what a process needs to compile it, over all steps."""
     import torch
 
     found = {}
@@ -55,7 +55,7 @@ def configurations(options: Options) -> dict[tuple, dict]:
         for protocol in options.searches:
             for step in options.steps:
                 for launch in STEPS[step](protocol, storage, options):
-                    key, job = specialized(launch)
+                    key, job = specialized(launch, arch)
                     found.setdefault(key, job | {"dtype": dtype})
     torch.set_float32_matmul_precision("highest")
     return found
@@ -64,27 +64,16 @@ def configurations(options: Options) -> dict[tuple, dict]:
 def searched(protocol, storage, options):
     """Launches of a weight step, of an architecture step and of a forward in evaluation."""
     import torch
-    import torch.nn.functional as F
     from fpdarts.kernels.triton.launch import counting
 
     from fpdarts import SuperNet
-    from fpdarts.architect import frozen
+    from fpdarts.ahead import take_search_steps, twin
 
     for k in options.partial:
         n, side = (256, 32) if protocol == "cifar" else (128, 224)
-        with torch.device("meta"):
-            model = SuperNet(10, 16, 8, partial=k, stem=protocol, kernels="triton").to(storage)
-            images, labels = torch.empty(n, 3, side, side, dtype=storage), torch.empty(n, dtype=torch.long)
-        for fixed, trained in (
-            (model.architecture_parameters(), model.weight_parameters()),
-            (model.weight_parameters(), model.architecture_parameters()),
-        ):
-            with frozen(fixed), counting() as launched:
-                loss = F.cross_entropy(model(images, torch.ones(model.gate_shape)), labels)
-                torch.autograd.grad(loss, trained, materialize_grads=True)
-            yield from launched.all
-        with counting() as launched, torch.no_grad():
-            model.eval()(images, torch.ones(model.gate_shape))
+        model = twin(SuperNet(10, 16, 8, partial=k, stem=protocol), "triton", storage)
+        with counting() as launched:
+            take_search_steps(model, torch.empty(n, 3, side, side, dtype=storage, device="meta"))
         yield from launched.all
 
 
@@ -94,6 +83,7 @@ def _retrained(protocol, storage, options):
     from fpdarts.kernels.triton.launch import counting
 
     from fpdarts import DerivedNetwork
+    from fpdarts.ahead import take_retraining_steps, twin
     from fpdarts.genotype import PUBLISHED, Genotype
 
     # with what the published ones do not have: factorized reductions, and averages of reduced maps
@@ -103,102 +93,90 @@ def _retrained(protocol, storage, options):
     n, side, channels, cells = (96, 32, 36, 20) if protocol == "cifar" else (128, 224, 48, 14)
     for genotype in (PUBLISHED["PC_DARTS_cifar"], PUBLISHED["DARTS_V2"], other):
         with torch.device("meta"):
-            network = DerivedNetwork(genotype, 10, channels, cells, protocol, False, "triton")
-            for module in (network.stem, network.classifier):
-                module.to(storage)
-            images = torch.empty(n, 3, side, side, dtype=storage)
+            network = DerivedNetwork(genotype, 10, channels, cells, protocol, False)
+        images = torch.empty(n, 3, side, side, dtype=storage, device="meta")
         with counting() as launched:
-            network(images, 0.3 if protocol == "cifar" else 0.0).sum().backward()
-        yield from launched.all
-        with counting() as launched, torch.no_grad():
-            network.eval()(images)
+            take_retraining_steps(twin(network, "triton", storage), images, 0.3 if protocol == "cifar" else 0.0)
         yield from launched.all
 
 
 STEPS = {"search": searched, "retrain": _retrained}
 
 
-def specialized(launch):
-    """As the just-in-time compiler would: ints that are 1 become constants, those divisible by 16 are marked."""
-    import torch
-    import triton.language as tl
+class Absent:
+    """A GPU that is not there, for Triton to compile for."""
 
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-    kernel, tensors, arguments = launch.kernel, launch.tensors, launch.arguments
-    signature, constants, aligned, plain = {}, {}, [], []
-    for position, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in tensors:
-            signature[name] = "*" + names[tensors[name].dtype]
-            if tensors[name].storage_offset() * tensors[name].element_size() % 16 == 0:
-                aligned.append(position)
-        elif parameter.is_constexpr or (arguments[name] == 1 and not parameter.do_not_specialize):
-            value = arguments[name]
-            signature[name] = "constexpr"
-            constants[name] = value.name if isinstance(value, tl.dtype) else value
-            if isinstance(value, str):
-                plain.append(position)
-        elif isinstance(arguments[name], float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i64" if abs(arguments[name]) >= 2**31 else "i32"
-            if not parameter.do_not_specialize:
-                (plain if arguments[name] % 16 else aligned).append(position)
-    options = {key: arguments[key] for key in ("num_warps", "num_stages", "maxnreg") if key in arguments}
-    job = {
-        "kernel": kernel.fn.__name__, "module": kernel.fn.__module__, "signature": signature, "constants": constants,
-        "aligned": aligned, "plain": plain, "options": options,
-    }  # fmt: skip
-    return json.dumps(job, sort_keys=True), job
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch  # Triton keeps apart by it what it compiled
+
+    def get_current_stream(self, device):
+        return 0
 
 
-def binary(job: dict, arch: int):
+def specialized(launch, arch: int) -> tuple[str, dict]:
+    """What tells a launch's configuration apart, and what a process needs to compile it: as Triton specializes it."""
+    import triton
+
+    found = []
+
+    def keep(compile, **_):
+        found.append(compile["specialization_data"])
+        return True  # it is not to be compiled now
+
+    triton.runtime.driver.set_active(Absent(arch))
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = keep
+        launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid)
+    function = launch.kernel.fn
+    job = {"kernel": function.__name__, "module": function.__module__, "arch": arch, "c": launch.arguments.get("C")}
+    return found[0], job | {"data": found[0], "configuration": told(launch)}
+
+
+def binary(job: dict):
     """What Triton makes of a configuration; where a launch asks for the same one later, it is in Triton's cache."""
     from importlib import import_module
 
     import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     import fpdarts  # noqa: F401  finds fpdarts.kernels in a checkout
 
-    kernel = getattr(import_module(job["module"]), job["kernel"])
-    constants = {
-        name: getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[value]) if value in ("fp32", "bf16") else value
-        for name, value in job["constants"].items()
-    }
-    attributes = {(position,): [["tt.divisibility", 16]] for position in job["aligned"]}
-    # of words, and of ints that are not aligned, the just-in-time compiler has empty attributes in its cache's key
-    attributes |= {(position,): [] for position in job["plain"]}
-    source = ASTSource(kernel, job["signature"], constants, dict(sorted(attributes.items())))
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job["options"])
+    triton.runtime.driver.set_active(Absent(job["arch"]))
+    return getattr(import_module(job["module"]), job["kernel"]).preload(job["data"])
 
 
-def compiled(job: dict, arch: int) -> dict:
+def compiled(job: dict) -> dict:
     """Resources and instructions of one kernel; with "error" in place of them where it does not compile."""
-    row = {"kernel": job["kernel"], "arch": arch, "dtype": job["dtype"], "configuration": told(job)}
+    row = {name: job[name] for name in ("kernel", "arch", "dtype", "configuration")}
     try:
-        made = binary(job, arch)
+        made = binary(job)
     except Exception as error:  # the compiler raises many kinds, and one failure is not to hide the others
         return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0], "passed": False}
     row |= _resources(made.asm["cubin"]) | {"shared": made.metadata.shared}
     problems = []
     if row["spills"]:
         problems.append("spills")
-    if row["shared"] > SHARED_LIMIT[arch]:
+    if row["shared"] > SHARED_LIMIT[job["arch"]]:
         problems.append("too much shared memory")
     if job["kernel"] not in NARROW:
         if row["widest_load"] < 64:
             problems.append("narrow loads")
         # of a small tile of weights, a thread may load single elements; of 4 channels, rows.py has code for 16 of them:
         # for each row of taps, of sides 3 and 5, of both dilations
-        elif row["loads"].get("16", 0) > (16 if job["kernel"].startswith("rows_") and job["constants"]["C"] < 8 else 2):
+        elif row["loads"].get("16", 0) > (16 if job["kernel"].startswith("rows_") and job["c"] < 8 else 2):
             problems.append("16-bit loads")
     return row | {"problems": problems, "passed": not problems}
 
 
-def told(job: dict) -> str:
+def told(launch) -> str:
+    """Its configuration, in words."""
     shown = (
         "C",
         "C_IN",
@@ -218,9 +196,11 @@ def told(job: dict) -> str:
         "BLOCK_K",
         "COLUMNS",
         "PRECISION",
+        "num_warps",
+        "num_stages",
+        "maxnreg",
     )
-    words = [f"{name}={job['constants'][name]}" for name in shown if name in job["constants"]]
-    return " ".join(words + [f"{key}={value}" for key, value in job["options"].items()])
+    return " ".join(f"{name}={launch.arguments[name]}" for name in shown if name in launch.arguments)
 
 
 def _resources(cubin: bytes) -> dict:
@@ -256,12 +236,12 @@ def _resources(cubin: bytes) -> dict:
 
 def main(options: Options) -> dict:
     jobs = [
-        job for job in configurations(options).values()
+        job for arch in options.arch for job in configurations(options, arch).values()
         if not options.kernels or any(part in job["kernel"] for part in options.kernels)
     ]  # fmt: skip
     rows = []
     with ProcessPoolExecutor(options.jobs) as pool:
-        pending = [pool.submit(compiled, job, arch) for arch in options.arch for job in jobs]
+        pending = [pool.submit(compiled, job) for job in jobs]
         for i, future in enumerate(pending):
             rows.append(future.result())
             print(f"\r{i + 1} of {len(pending)}", end="", file=sys.stderr, flush=True)

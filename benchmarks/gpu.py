@@ -67,14 +67,14 @@ def compile_kernels(options):
 
     if options.dry_run:  # the interpreter compiles nothing
         return {"jobs": 0, "errors": []}
-    jobs, (major, minor) = precompile.jobs(), torch.cuda.get_device_capability()
-    arch, hits = 10 * major + minor, []
+    major, minor = torch.cuda.get_device_capability()
+    jobs, hits = precompile.jobs(10 * major + minor), []
     if options.precompiled:
         triton.knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
-        if all(aot.binary(job, arch) and hits[-1] for job in jobs[::100]):
+        if all(aot.binary(job) and hits[-1] for job in jobs[::100]):
             print(f"{len(jobs)} configurations, compiled elsewhere")
             return {"jobs": len(jobs), "errors": [], "precompiled": options.precompiled}
-    errors = precompile.compile_all(jobs, arch)
+    errors = precompile.compile_all(jobs)
     print(f"{len(jobs)} configurations; {errors[:10] or 'all compile'}")
     return {"jobs": len(jobs), "errors": errors}
 
@@ -213,7 +213,7 @@ def _by_configuration(launches, profiled) -> list[dict]:
         return []  # on the CPU, or where the profiler lost some
     rows = {}
     for event, launch in zip(events, launches):
-        told = f"{event.name} {launch.grid} {aot.told(aot.specialized(launch)[1])}"
+        told = f"{event.name} {launch.grid} {aot.told(launch)}"
         row = rows.setdefault(told, {"told": told, "calls": 0, "microseconds": 0.0, "bytes": 0.0})
         row["calls"] += 1
         row["microseconds"] += event.time_range.elapsed_us()

@@ -12,10 +12,8 @@ import json
 import os
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
-from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from pkgutil import iter_modules
@@ -25,48 +23,38 @@ from benchmarks import aot
 SUFFIXES = (".json", ".cubin")  # of what Triton reads again; it leaves sources as well
 
 
-def jobs() -> list[dict]:
+def jobs(arch: int) -> list[dict]:
     """Of check-kernels, of the steps in the GPU script, and of what ``benchmarks.tune`` times, in this order."""
     from benchmarks import tune
 
     asked = aot.Options(dtypes=("bfloat16", "tf32"), searches=("cifar",), partial=(2,))
-    return list({**_checked(), **aot.configurations(asked), **tune.configurations()}.values())
+    return list({**_checked(arch), **aot.configurations(asked, arch), **tune.configurations(arch)}.values())
 
 
-def _checked() -> dict[tuple, dict]:
+def _checked(arch: int) -> dict[str, dict]:
     """As aot.configurations gives them: of what check-kernels launches."""
     import torch
     from fpdarts.kernels.triton.launch import counting
 
-    from fpdarts import check as checking
+    from fpdarts.check import Side, compute_all
 
-    class Side(checking.Side):
-        def autocast(self):  # there is none on the meta device; states have its dtype all the same
-            return nullcontext()
-
-    found = {}
-    for amp in ("off", "bf16"):
-        side = Side("triton", torch.device("meta"), torch.float32, amp)
-        for case in (case for cases in checking.operations().values() for case in cases):
-            with counting() as launched:
-                case.compute(side, 0)
-            for launch in launched.all:
-                key, job = aot.specialized(launch)
-                found.setdefault(key, job | {"dtype": amp})
-    return found
+    with counting() as launched:
+        for amp in ("off", "bf16"):
+            compute_all(Side("triton", torch.device("meta"), torch.float32, amp))
+    return dict(aot.specialized(launch, arch) for launch in launched.all)
 
 
-def compile_all(jobs: list[dict], arch: int) -> list[str]:
+def compile_all(jobs: list[dict]) -> list[str]:
     """Into Triton's cache, on all cores; returns what did not compile, and why."""
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        errors = list(pool.map(_error, jobs, repeat(arch), chunksize=4))
-    return [f"{job['kernel']} {aot.told(job)}: {error}" for job, error in zip(jobs, errors) if error]
+        errors = list(pool.map(_error, jobs, chunksize=4))
+    return [f"{job['kernel']} {job['configuration']}: {error}" for job, error in zip(jobs, errors) if error]
 
 
-def _error(job: dict, arch: int) -> str | None:
+def _error(job: dict) -> str | None:
     same_keys()
     try:
-        aot.binary(job, arch)
+        aot.binary(job)
     except Exception as error:  # the compiler raises many kinds
         return f"{type(error).__name__}: {error}"[:300]
 
@@ -80,10 +68,11 @@ def same_keys():
     """
     import triton
     from fpdarts.kernels import triton as package
-    from triton.runtime import JITFunction, cache
+    from triton.runtime import JITFunction
+    from triton.runtime import cache as compiled
 
-    if hasattr(cache, "triton_key"):
-        cache.triton_key = lambda: triton.__version__
+    if hasattr(compiled, "triton_key"):
+        compiled.triton_key = lambda: triton.__version__
 
     def ask(function):
         for name in function.fn.__code__.co_names:
@@ -119,8 +108,9 @@ def main(options):
     target = Path(options.out)
     cache = target.parent / (target.name.removesuffix(".tar.xz") + "-cache")
     os.environ["TRITON_CACHE_DIR"] = str(cache.absolute())
-    wanted = jobs()
-    errors = compile_all(wanted, options.arch)
+    same_keys()
+    wanted = jobs(options.arch)
+    errors = compile_all(wanted)
     pack(cache, target)
     print(f"{len(wanted)} configurations, {target.stat().st_size / 1e6:.1f} MB in {target}")
     print("\n".join(errors) or "all compile")

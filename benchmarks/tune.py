@@ -87,9 +87,7 @@ def distinct(launches) -> dict[str, list]:
     found = {}
     for launch in launches:
         if launch.kernel.fn.__name__ in CANDIDATES:
-            told = f"{launch.kernel.fn.__name__} {launch.grid}"
-            if hasattr(launch.kernel, "params"):  # the interpreter's have none
-                told += f" {aot.told(aot.specialized(launch)[1])}"
+            told = f"{launch.kernel.fn.__name__} {launch.grid} {aot.told(launch)}"
             found.setdefault(told, [launch, 0])[1] += 1
     return found
 
@@ -123,13 +121,13 @@ def rule_of(launch) -> tuple:
     return rule, *(given[name] for name in arguments)
 
 
-def configurations() -> dict[str, dict]:
+def configurations(arch: int) -> dict[str, dict]:
     """All that is to be compiled, found on the meta device, as aot.configurations gives it."""
     options = aot.Options(dtypes=("bfloat16",), partial=(2,))
     found = {}
     for launch, _ in distinct(aot.searched("cifar", torch.bfloat16, options)).values():
         for variant in variants(launch):
-            key, job = aot.specialized(variant)
+            key, job = aot.specialized(variant, arch)
             found[key] = job | {"dtype": "bfloat16"}
     return found
 

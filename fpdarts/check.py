@@ -4,6 +4,7 @@ derived networks and whole steps of the supernet, against the reference in float
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpdarts import kernels as kernel_backends
+from fpdarts.ahead import compiling, twin
 from fpdarts.architect import frozen
 from fpdarts.gates import GateSampler
 from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
@@ -66,7 +68,14 @@ class Side:
             tensor = tensor.double()
         return tensor.to(self.device, memory_format=torch.channels_last)
 
+    def network(self, model: torch.nn.Module) -> torch.nn.Module:
+        if self.device.type == "meta":
+            return twin(model, self.kernels, self.rounded)
+        return model.to(self.device, self.dtype)
+
     def autocast(self):
+        if self.device.type == "meta":  # there is none; states, and what is around cells, have its dtype all the same
+            return nullcontext()
         return autocast("off" if self.dtype == torch.float64 else self.amp, self.device)
 
     def run(self, call: Callable, tensors: Mapping[str, Tensor], seed: int, asked: Iterable[str] | None = None):
@@ -275,8 +284,8 @@ def _step(side, seed, trained):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SuperNet(10, STEP_CHANNELS, STEP_CELLS, kernels=side.kernels)
-    model.to(side.device, side.dtype)
-    images = side.weight(draw(STEP_BATCH, 3, STEP_SIZE, STEP_SIZE))
+    model = side.network(model)
+    images = side.state(draw(STEP_BATCH, 3, STEP_SIZE, STEP_SIZE))
     labels = (torch.arange(STEP_BATCH) % 10).to(side.device)
     gates = GateSampler(*model.gate_shape, seed=seed).sample()
     asked, resting = model.weight_parameters(), model.architecture_parameters()
@@ -361,6 +370,13 @@ def _outcome(case: Case, side: Side, seed: int) -> dict[str, float]:
     return relative_errors(found, case.compute(side.truth(), seed))
 
 
+def compute_all(side: Side):
+    """Every case once: on the meta device this tells what a back end launches."""
+    for cases in operations().values():
+        for case in cases:
+            case.compute(side, SEEDS[0])
+
+
 def _worst(case: Case, side: Side, tolerance: Tolerance) -> tuple[tuple[float, str], tuple[float, str] | None]:
     """(error, tensor) of the worst output and of the worst gradient, None if none was asked for.
 
@@ -435,6 +451,9 @@ def check_kernels(
     say(_columns("operation", "output", "allowed", "gradient", "allowed", "worst"))
     rows = []
     with one_precision():
+        with compiling(name, chosen) as needed:
+            if needed:
+                compute_all(replace(side, device=torch.device("meta")))
         for operation, cases in operations().items():
             if lacks and operation.startswith("derived"):
                 say(f"{operation}: {lacks}")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fpdarts import config as configuration
+from fpdarts.ahead import compile_steps, take_retraining_steps
 from fpdarts.config import RetrainConfig, learning_rate
 from fpdarts.count import count
 from fpdarts.data import Loader, augmentation, in_memory, open_data, select_reader
@@ -52,6 +53,8 @@ def retrain(config: RetrainConfig) -> dict:
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
     print(told, told_reader, sep="\n", file=sys.stderr)
+    take_steps = partial(take_retraining_steps, drop_path=config.drop_path)
+    compile_steps(take_steps, network, data.image_size, serving, device, amp)
     prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if not config.resume:
         genotype.save(run.path / "genotype.json")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fpdarts import config as configuration
 from fpdarts import kernels
+from fpdarts.ahead import compile_steps, take_search_steps
 from fpdarts.architect import Architect, frozen
 from fpdarts.config import SearchConfig, learning_rate
 from fpdarts.data import Loader, augmentation, in_memory, open_data, read_split, select_reader
@@ -51,11 +52,12 @@ def search(config: SearchConfig) -> dict:
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=config.seed)
     weight_optimizer, architect = optimizers(config, model, device)
     take_weight_step, take_architecture_step = _steps(config, model, weight_optimizer, architect, device)
-    _try_out(model, data.image_size, gates, device)
+    _try_out(config, data)
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
     run, first_epoch = Run.open("search", config, data, stateful)
     print(told, told_reader, sep="\n", file=sys.stderr)
+    compile_steps(take_search_steps, model, data.image_size, serving, device, amp)
     for optimizer in (weight_optimizer, architect.optimizer):
         prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if config.gates == "fixed":
@@ -208,12 +210,11 @@ def weight_step(model, optimizer, batch, gates, config):
     return loss, logits
 
 
-def _try_out(model, image_size, gates, device):
-    """A forward of one blank image, so that a size which does not fit is an error now. It leaves no trace."""
-    model.eval()
-    with torch.no_grad():
-        model(torch.zeros(1, 3, image_size, image_size, device=device), gates.expected())
-    model.train()
+def _try_out(config, data):
+    """A forward without memory or arithmetic, so that an image size which does not fit is an error now."""
+    with torch.device("meta"):
+        model = build_supernet(replace(config, kernels="reference"), len(data.classes))
+        model(torch.empty(2, 3, data.image_size, data.image_size), torch.ones(model.gate_shape, device="cpu"))
 
 
 def _report_untrained(model, gates):

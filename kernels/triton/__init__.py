@@ -43,7 +43,7 @@ def _lazily(module: str, name: str):
     return function
 
 
-counting = _lazily("launch", "counting")
+counting, compiling = _lazily("launch", "counting"), _lazily("launch", "compiling")
 cell = _lazily("driver", "cell")
 derived_cell = _lazily("derived", "derived_cell")
 stage, pooling, factorized_reduction, normalize, node = (

@@ -1,6 +1,8 @@
-"""Launching kernels: counting them, and the block shapes that they are launched with."""
+"""Launching kernels: counting them, compiling them beforehand, and the block shapes that they are launched with."""
 
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -62,6 +64,19 @@ def counting():
 
 def is_counting() -> bool:
     return bool(_counting)
+
+
+@contextmanager
+def compiling():
+    """Compiles what is launched within, on the meta device, for the GPU at hand: on all cores, and before it is left.
+
+    Otherwise a kernel is compiled when it is first launched, one after the other. Raises what the compiler raises.
+    """
+    with counting() as launched:
+        yield
+    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+        for launch in launched.all:
+            launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid)
 
 
 def launch(function, grid: tuple[int, ...], tensors: dict, moved: float, **arguments):

@@ -1,0 +1,73 @@
+"""Compiling what a run's steps launch, on all cores and before the first one, which would compile it one by one.
+
+A twin of the model on PyTorch's meta device, which has neither memory nor arithmetic, takes each kind of step once, and
+what it launches is compiled. Only the model's layout counts for that, not the number of images.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fpdarts import kernels
+from fpdarts.architect import frozen
+from fpdarts.network import DerivedNetwork
+from fpdarts.supernet import SuperNet
+
+IMAGES = 2
+
+
+@contextmanager
+def compiling(name: str, device: torch.device) -> Iterator[bool]:
+    """What the back end of that name launches within, on the meta device, it compiles for the device. Yields whether it
+    does: some have nothing to compile."""
+    compile_launches = getattr(kernels.backend(name, device.type), "compiling", None)
+    if compile_launches is None or device.type != "cuda":
+        yield False
+        return
+    print("compiling kernels for this GPU, where that was not done before", file=sys.stderr)
+    with compile_launches():
+        yield True
+
+
+def compile_steps(
+    take_steps: Callable, model: torch.nn.Module, image_size: int, name: str, device: torch.device, amp: str
+):
+    """Of a search or a retraining. take_steps: of the twin and a batch of images, see below."""
+    with compiling(name, device) as needed:
+        if needed:
+            dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+            model = twin(model, name, dtype)
+            take_steps(model, torch.empty(IMAGES, 3, image_size, image_size, dtype=dtype, device="meta"))
+
+
+def twin(model: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """On the meta device, with the kernels of that name. There is no autocast there: what is around the cells is of its
+    dtype, and so are maps."""
+    model = copy.deepcopy(model).to("meta")
+    model.kernels = name
+    for part, module in model.named_children():
+        if part != "cells":
+            module.to(dtype)
+    return model
+
+
+def take_search_steps(model: SuperNet, images: torch.Tensor):
+    """Of the weights, of the architecture, and one of evaluation."""
+    gates = torch.ones(model.gate_shape)  # an open path is compiled for, and closed ones have no code of their own
+    trained = model.weight_parameters(), model.architecture_parameters()
+    for asked, resting in (trained, trained[::-1]):
+        with frozen(resting):
+            torch.autograd.grad(model(images, gates).sum(), asked, materialize_grads=True)
+    with torch.no_grad():
+        model.eval()(images, gates)
+
+
+def take_retraining_steps(network: DerivedNetwork, images: torch.Tensor, drop_path: float):
+    """One of training, and one of evaluation."""
+    out = network(images, drop_path)
+    sum(logits.sum() for logits in (out if isinstance(out, tuple) else (out,))).backward()
+    with torch.no_grad():
+        network.eval()(images)

@@ -1,0 +1,132 @@
+"""Kernels compiled before a run: they are those that its steps launch, and a launch finds them compiled."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from fpdarts.kernels.triton.launch import compiling, counting
+from triton.runtime import JITFunction, driver
+
+from fpdarts import DerivedNetwork, SuperNet, ahead, kernels
+from fpdarts.architect import frozen
+from fpdarts.genotype import PUBLISHED
+from fpdarts.training import autocast
+
+from benchmarks import aot
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Triton's kernels can be launched anywhere, and do nothing."""
+    monkeypatch.setattr(kernels, "_reason_against", lambda name, device: None)
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)
+
+
+def configurations(launches):
+    """What kernels are compiled for, sizes aside."""
+    return {
+        (
+            launch.kernel.fn.__name__,
+            tuple((name, tensor.dtype) for name, tensor in launch.tensors.items()),
+            tuple((p.name, launch.arguments[p.name]) for p in launch.kernel.params if p.is_constexpr),
+            tuple((name, launch.arguments.get(name)) for name in ("num_warps", "num_stages", "maxnreg")),
+        )
+        for launch in launches
+    }
+
+
+@pytest.fixture
+def compiled_ahead(monkeypatch):
+    """Of a model, what is to be compiled for it."""
+
+    def found(take_steps, model, amp):
+        launches = []
+
+        @contextmanager
+        def instead():
+            with counting() as launched:
+                yield
+            launches.extend(launched.all)
+
+        monkeypatch.setattr(kernels.backend("triton", "cuda"), "compiling", instead)
+        ahead.compile_steps(take_steps, model, 16, "triton", torch.device("cuda"), amp)
+        return configurations(launches)
+
+    return found
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_search_compiles_what_it_launches(amp, nothing_runs, compiled_ahead):
+    model = SuperNet(5, 8, 3, nodes=2, kernels="triton")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ready = compiled_ahead(ahead.take_search_steps, model, amp)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()) and model.training
+    images, labels, gates = torch.rand(3, 3, 16, 16), torch.zeros(3, dtype=torch.long), torch.ones(model.gate_shape)
+    trained = model.weight_parameters(), model.architecture_parameters()
+    with counting() as launched:
+        for resting in trained:
+            with frozen(resting):
+                with autocast(amp, images.device):
+                    loss = F.cross_entropy(model(images, gates), labels)
+                loss.backward()
+        with torch.no_grad(), autocast(amp, images.device):
+            model.eval()(images, gates)
+    assert configurations(launched.all) == ready
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_a_retraining_compiles_what_it_launches(amp, drop_path, nothing_runs, compiled_ahead):
+    network = DerivedNetwork(PUBLISHED["PC_DARTS_cifar"], 5, 8, 3, auxiliary=False, kernels="triton")
+    ready = compiled_ahead(partial(ahead.take_retraining_steps, drop_path=drop_path), network, amp)
+    images, labels = torch.rand(3, 3, 16, 16), torch.zeros(3, dtype=torch.long)
+    with counting() as launched:
+        with autocast(amp, images.device):
+            logits = network(images, torch.tensor(drop_path) if drop_path else 0.0)
+        F.cross_entropy(logits, labels).backward()
+        with torch.no_grad(), autocast(amp, images.device):
+            network.eval()(images)
+    assert configurations(launched.all) == ready
+
+
+def test_back_ends_without_a_compiler_have_nothing_to_do(capsys):
+    def never(*_):
+        raise AssertionError
+
+    for name in ("reference", "native"):
+        if kernels.available()[name] is None:
+            ahead.compile_steps(never, torch.nn.Linear(1, 1), 8, name, torch.device("cpu"), "off")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_launch_finds_what_was_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", aot.Absent(90))
+    hits = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **_: hits.append(cache_hit))
+
+    def launch():
+        x = torch.empty(2, 8, 4, 4, device="meta")
+        kernels.pooling(x, "max_pool_3x3", kernels="triton")
+        kernels.normalize(x, kernels="triton")
+
+    with counting() as launched:
+        launch()
+    jobs = dict(aot.specialized(each, 90) for each in launched.all)
+    for job in jobs.values():
+        aot.binary(job)
+    assert hits == [False] * len(jobs)
+    for each in launched.all:
+        each.kernel.device_caches.clear()  # as another process would begin
+    hits.clear()
+    with compiling():
+        launch()
+    assert hits == [True] * len(jobs)
+    for each in launched.all:
+        each.kernel.warmup(**each.tensors, **each.arguments, grid=each.grid)
+    assert len(hits) == len(jobs)
