@@ -62,7 +62,11 @@ def compare(function, inputs: dict, twice: bool = TWICE):
         assert error <= TOLERANCE, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("c, size, stride", [(3, (5, 9), 1), (3, (8, 6), 2), (8, (7, 7), 1), (8, (5, 5), 2)])
+# two images of an even width share vectors in C++
+EVEN = [(8, (6, 10), 1)] if TESTED == "native" else []
+
+
+@pytest.mark.parametrize("c, size, stride", [(3, (5, 9), 1), (3, (8, 6), 2), (8, (7, 7), 1), (8, (5, 5), 2), *EVEN])
 @pytest.mark.parametrize("name", [n for n, o in OPERATIONS.items() if o.kind == "convolution"])
 def test_stage(name, c, size, stride):
     k, dilation = OPERATIONS[name].kernel_size, OPERATIONS[name].dilation

@@ -103,9 +103,9 @@ def test_a_workspace_larger_than_the_caches(n, channels, size):
         assert error < 1e-3, f"{name} is off by {error:.1e}"  # a tie of a few pixels is allowed
 
 
-@pytest.mark.parametrize("c", [5, 8])
-def test_a_stage_larger_than_the_caches(c):
-    images = 2**20 // (4 * c * 32 * 32) + 1
+@pytest.mark.parametrize("c, more", [(5, 1), (8, 1), (8, 2)])
+def test_a_stage_larger_than_the_caches(c, more):
+    images = 2**20 // (4 * c * 32 * 32) + more  # two of 8 channels share vectors, where their number is even
     assert images * 4 * c * 32 * 32 > 1 << 20  # KEPT in parts.h
     x = torch.randn(images, 2 * c, 32, 32).contiguous(memory_format=torch.channels_last)[:, c:]
     weights = torch.randn(4, 3, 3, c), torch.randn(4, c, c)
@@ -113,10 +113,11 @@ def test_a_stage_larger_than_the_caches(c):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_same_bits_whichever_thread_was_faster():
+@pytest.mark.parametrize("images", [23, 24])
+def test_the_same_bits_whichever_thread_was_faster(images):
     """Threads take images as they are free; with more of them than cores that is another way each time."""
     spec, before = CellSpec(16, (32, 48), 2, DEFAULT_SUBSETS), torch.get_num_threads()
-    given = arguments(spec, 23, (16, 16))
+    given = arguments(spec, images, (16, 16))
     torch.set_num_threads(2 * os.cpu_count() + 1)
     try:
         runs = [results("native", spec, given, torch.float32) for _ in range(4)]

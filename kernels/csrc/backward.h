@@ -81,14 +81,23 @@ template <int V> class Backward : public Gradients<V> {
         return stages;
     }
 
-    // One edge and image. g: gradient of the normalized result.
+    // One edge, and as many images as are taken together. g: gradient of the normalized result.
     template <int K, int D, int S, bool ADD>
     void stage(const StageBuffers& buffer, const Tile& t, const Tile& d, const Stage& stage, const float* g,
-               const float* raw, int share) {
+               const float* raw, int images, int share) {
         const int64_t block = int64_t(d.height) * d.width * V;
+        float *d_depthwise = gradients.of(share, stage.depthwise_at), *d_pointwise = gradients.of(share, stage.pointwise_at);
+        if constexpr (PACK<V> == SIDE_BY_SIDE && S == 1) {
+            if (images > 1)
+                return stage_backward<SIDE_BY_SIDE * V, K, D, S, ADD, SIDE_BY_SIDE>(
+                    buffer, t, d, stage.weights, 1, d_depthwise, d_pointwise,
+                    [&](int, int first, int count, float* to) INLINE_LAMBDA {
+                        stage.f.template draw_side_by_side<V>(g + first * V, raw + first * V, block, count, to);
+                    });
+        }
         stage_backward<V, K, D, S, ADD>(
-            buffer, t, d, stage.weights, l.blocks, gradients.of(share, stage.depthwise_at),
-            gradients.of(share, stage.pointwise_at), [&](int b, int first, int count, float* to) INLINE_LAMBDA {
+            buffer, t, d, stage.weights, l.blocks, d_depthwise, d_pointwise,
+            [&](int b, int first, int count, float* to) INLINE_LAMBDA {
                 stage.f.template draw<V>(b, g + b * block + first * V, raw + b * block + first * V, count, to);
             });
     }
@@ -96,43 +105,30 @@ template <int V> class Backward : public Gradients<V> {
     void second_stages(int source) {
         const Stages stages = stages_of(source, 1);
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
-        for_images(l.n, threads, [&] {
-            const auto buffer = StageBuffers::take<V>(t, t, l.blocks);
-            return [&, buffer](int image, int share) {
+        const int images = this->together(1);
+        for_images(l.n / images, threads, [&] {
+            const auto buffer = StageBuffers::take<V>(t, t, images * l.blocks);
+            return [&, buffer](int group, int share) {
                 for (const Stage& s : stages.all) {
                     const int before = s.o->row[0] + s.edge;
-                    const int64_t at = l.image(image, l.out_pixels);
-                    fill_tile<V>(buffer.tile, t, l.blocks, a.work + l.raw(before) + at, this->normalization(before));
+                    const int64_t at = l.image(group * images, l.out_pixels);
+                    this->fill(buffer.tile, t, images, a.work + l.raw(before) + at, this->normalization(before));
                     const float *g = d_node(l.edges[s.edge].node, s.o->path) + at, *raw = a.work + l.raw(s.row) + at;
                     specialized(s.o->kernel, s.o->dilation, 1, [&](auto k, auto d, auto) {
-                        stage<k, d, 1, false>(buffer, t, t, s, g, raw, share);
+                        stage<k, d, 1, false>(buffer, t, t, s, g, raw, images, share);
                     });
-                    pass_relu(buffer, t, d_between(s.between) + at, before, share);
+                    pass_relu(buffer, t, d_between(s.between) + at, before, images, share);
                 }
             };
         });
     }
 
-    // Gradient of the normalized map before a second stage: where ReLU let it through.
-    void pass_relu(const StageBuffers& buffer, const Tile& t, float* out, int row, int share) {
+    // Gradient of the normalized map before a second stage, and its sums: where ReLU let it through.
+    void pass_relu(const StageBuffers& buffer, const Tile& t, float* out, int row, int images, int share) {
         for (int b = 0; b < l.blocks; b++) {
             Vec<V> sum{}, product{};
-            for (int y = 0; y < t.height; y++) {
-                const float* seen = buffer.tile + (int64_t(b) * t.pixels() + t.at(y, 0)) * V;
-                const float* d = buffer.d_map + (int64_t(b) * t.height + y) * padded(t.width) * V;
-                constexpr int L = PACK<V> * V;
-                Vec<L> line_sum{}, line_product{};
-                over_pixels<V>(t.width, [&](int x, auto lanes) {
-                    constexpr int now = lanes;
-                    const Vec<now> value = load<now>(seen + x * V);
-                    const Vec<now> passed = where_positive<now>(value, load<now>(d + x * V));
-                    store<now>(out + x * V, passed);
-                    if constexpr (now == L) line_sum += passed, line_product += passed * value;
-                    else sum += passed, product += passed * value;
-                });
-                out += t.width * V;
-                sum += folded<V, L>(line_sum), product += folded<V, L>(line_product);
-            }
+            const int64_t map = int64_t(b) * t.height * t.width * V, wide = int64_t(b) * t.height * padded(t.width) * V;
+            pass_tile<V>(images, buffer.tile + int64_t(b) * t.pixels() * V, t, buffer.d_map + wide, out + map, sum, product);
             between_sums.template add<V>(share, row, b, sum);
             between_sums.template add<V>(share, l.rows + row, b, product);
         }
@@ -175,26 +171,28 @@ template <int V> class Backward : public Gradients<V> {
                     skips.push_back({&o, &e, result_factors(e, column), this->skip_matrix(o, skip, row, true)});
             }
         }
-        for_images(l.n, threads, [&] {
-            const auto buffer = StageBuffers::take<V>(t, d, l.blocks);
+        const int images = this->together(stride);
+        for_images(l.n / images, threads, [&] {
+            const auto buffer = StageBuffers::take<V>(t, d, images * l.blocks);
             float* pooled = arena().take(around.pixels() * V);
             float* d_pooled = arena().take(around.pixels() * V);
             float* mixed = arena().take(l.out_pixels * V);
             float* pixels = arena().take(CHUNK * skip.rows);
             float* drawn = arena().take(CHUNK * skip.columns);
             float* pixel = arena().take(l.slices * l.lanes);
-            float* sent = source < 2 ? nullptr : arena().take(l.slices * l.blocks * l.out_pixels * V);
-            return [&, buffer, pooled, d_pooled, mixed, pixels, drawn, pixel, sent](int image, int share) {
+            float* sent = source < 2 ? nullptr : arena().take(images * l.slices * l.blocks * l.out_pixels * V);
+            return [&, buffer, pooled, d_pooled, mixed, pixels, drawn, pixel, sent](int group, int share) {
+                const int image = group * images;  // the first one
                 const int64_t at = l.image(image, height * width), out_at = l.image(image, l.out_pixels);
+                const int64_t size = l.image(1, height * width), apart = source < 2 ? size : l.slices * size;
                 for (int slice = 0; slice < l.slices; slice++) {
                     const float* map = a.work + l.state(source, slice) + at;
-                    const int64_t size = int64_t(l.blocks) * height * width * V;
-                    float* d_map = source < 2 ? d_input(source, slice) + at : sent + slice * size;
+                    float* d_map = source < 2 ? d_input(source, slice) + at : sent + slice * size;  // images are `apart`
                     bool convolved = false;
                     const auto begin = [&](bool adds) {
                         if (convolved) return;
-                        fill_tile<V>(buffer.tile, t, l.blocks, map, {});
-                        if (adds) std::fill_n(buffer.d_map, l.blocks * t.height * padded(t.width) * V, 0.0f);
+                        this->fill(buffer.tile, t, images, map, {});
+                        if (adds) std::fill_n(buffer.d_map, images * l.blocks * t.height * padded(t.width) * V, 0.0f);
                         convolved = true;
                     };
                     for (const Stage& s : stages.all) {
@@ -206,7 +204,7 @@ template <int V> class Backward : public Gradients<V> {
                         specialized(s.o->kernel, s.o->dilation, stride, [&](auto k, auto dilation, auto strides) {
                             const auto run = [&](auto add) {
                                 stage<k, dilation, strides, add>(buffer, t, d, s, g + out_at,
-                                                                 a.work + l.raw(s.row) + out_at, share);
+                                                                 a.work + l.raw(s.row) + out_at, images, share);
                             };
                             if constexpr (dilation == 1 && strides == 1) {
                                 if (writes) return run(Constant<false>{});
@@ -223,18 +221,22 @@ template <int V> class Backward : public Gradients<V> {
                                       gradients.of(share, gradient_at[s.o->weight[0]] +
                                                                int64_t(s.e->row) * skip.rows * skip.columns));
                     }
-                    if (convolved) pass_convolved(buffer.d_map, map, height, width, d_map);
-                    else std::fill_n(d_map, size, 0.0f);
-                    for (const Pool& p : pools)
-                        if (p.o->path == slice)
-                            pool_backward(*p.o, p.f, p.edges, p.scales, source, slice, map, around, out_at, d_map, pooled,
-                                          d_pooled, mixed);
-                    pass_backward(source, slice, map, out_at, d_map, mixed);
-                    if (source < 2) sum_input(source, slice, image, share);
+                    if (convolved) pass_map<V>(images, buffer.d_map, map, l.blocks * height, width, d_map, apart);
+                    for (int i = 0; i < images; i++, map += size, d_map += apart) {
+                        const int64_t from = out_at + l.image(i, l.out_pixels);
+                        if (!convolved) std::fill_n(d_map, size, 0.0f);
+                        for (const Pool& p : pools)
+                            if (p.o->path == slice)
+                                pool_backward(*p.o, p.f, p.edges, p.scales, source, slice, map, around, from, d_map, pooled,
+                                              d_pooled, mixed);
+                        pass_backward(source, slice, map, from, d_map, mixed);
+                        if (source < 2) sum_input(source, slice, image + i, share);
+                    }
                 }
-                if (source < 2) return;
-                unshuffle(source - 2, image, sent, pixel);
-                reduce(source - 2, terms, image, share);
+                for (int i = 0; i < images && source >= 2; i++) {
+                    unshuffle(source - 2, image + i, sent + i * apart, pixel);
+                    reduce(source - 2, terms, image + i, share);
+                }
             };
         });
     }
@@ -314,15 +316,6 @@ template <int V> class Backward : public Gradients<V> {
                                       l.size[1], to, mixed);
             }
         }
-    }
-
-    // d_map: what the convolutions sent back, where ReLU let their input through.
-    void pass_convolved(const float* convolved, const float* map, int height, int width, float* d_map) const {
-        for (int y = 0; y < l.blocks * height; y++, convolved += padded(width) * V, map += width * V, d_map += width * V)
-            over_pixels<V>(width, [=](int x, auto lanes) {
-                constexpr int L = lanes;
-                store<L>(d_map + x * V, where_positive<L>(load<L>(map + x * V), load<L>(convolved + x * V)));
-            });
     }
 
     // --- Matrix products ---

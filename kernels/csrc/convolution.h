@@ -95,7 +95,7 @@ INLINE bool depthwise_parity_row(const float* __restrict d, long pitch, const fl
 }
 
 // Taps of TALL rows of a kernel, from row `first` on, and R rows of the gradient at a time, D rows of the map apart.
-template <int V, int K, int D, int S, int TALL, int R>
+template <int V, int K, int D, int S, int N, int TALL, int R>
 INLINE void depthwise_weight_taps(const float* in, long pitch, const float* d, long d_pitch, int rows, int width,
                                   int first, float* out, int out_step) {
     constexpr int M = S == 1 ? PACK<V> : 1, L = V * M, APART = R == 1 ? 1 : D;
@@ -125,18 +125,19 @@ INLINE void depthwise_weight_taps(const float* in, long pitch, const float* d, l
             }
         }
     }
-    UNROLL for (int i = 0; i < TALL * K; i++) add_to<V>(out + (first * K + i) * out_step, folded<V, L>(sum[i]));
+    UNROLL for (int i = 0; i < TALL * K; i++)
+        add_to<V / N>(out + (first * K + i) * out_step, folded_channels<V, N, L>(sum[i]));
 }
 
-// out[tap] += sum over a map's pixels of gradient * what the tap saw.
-template <int V, int K, int D, int S>
+// out[tap] += sum over a map's pixels of gradient * what the tap saw; over those of N images side by side.
+template <int V, int K, int D, int S, int N>
 INLINE void depthwise_weight(const float* in, long pitch, const float* d, long d_pitch, int rows, int width, float* out,
                              int out_step) {
     constexpr int R = S == 1 ? 2 : 1;
     const int together = rows / (R * D) * (R * D);  // the others are taken one by one
     const auto taps = [&](auto tall, int first) INLINE_LAMBDA {
         const auto run = [&](auto r, int from, int count) INLINE_LAMBDA {
-            depthwise_weight_taps<V, K, D, S, tall, r>(in + from * S * pitch, pitch, d + from * d_pitch, d_pitch, count,
+            depthwise_weight_taps<V, K, D, S, N, tall, r>(in + from * S * pitch, pitch, d + from * d_pitch, d_pitch, count,
                                                        width, first, out, out_step);
         };
         if (together) run(Constant<R>{}, 0, together);
@@ -164,12 +165,13 @@ template <int V> INLINE auto inputs_at(const float* p) {
 }
 
 // A row of pixels times a matrix, of which OUT blocks of columns are computed for P pixels at a time: take(x, block,
-// value) gets each. in: blocks of V inputs `block` apart, in each the pixels `step` apart. w: as PackedWeights::matrix
-// makes it, a block's column `column` apart.
-template <int V, int OUT, int P, class Take>
+// value) gets each, or, of N images side by side, two pixels at a time if it takes two values. in: blocks of V inputs
+// `block` apart, in each the pixels `step` apart. w: as PackedWeights::matrix makes it, a block's column `column` apart.
+template <int V, int OUT, int P, int N, class Take>
 INLINE void pointwise_row(const float* __restrict in, long block, long step, int blocks, const float* __restrict w,
                           long column, int width, Take&& take) {
-    constexpr int PAIR = PACK<V>, L = PAIR * V;
+    constexpr int PAIR = PACK<V>, L = PAIR * V, INPUTS = V / N;
+    constexpr bool TWO = std::is_invocable_v<Take, int, int, Vec<V>, Vec<V>>;
     static_assert(PAIR <= 2 && P % 2 == 0, "pixels are added up by two");
     for (int x = 0; x < width; x += P) {
         Vec<L> sum[P][OUT];
@@ -177,21 +179,23 @@ INLINE void pointwise_row(const float* __restrict in, long block, long step, int
             UNROLL for (int o = 0; o < OUT; o++) sum[t][o] = Vec<L>{};
         }
         for (int b = 0; b < blocks; b++) {
-            const float *pixel = in + b * block + x * step, *row = w + b * V * V;
-            _Pragma("GCC unroll 4") for (int i = 0; i < V; i += PAIR) {
+            const float *pixel = in + b * block + x * step, *row = w + b * INPUTS * V;
+            _Pragma("GCC unroll 4") for (int i = 0; i < INPUTS; i += PAIR) {
                 Vec<L> weight[OUT];
                 UNROLL for (int o = 0; o < OUT; o++) weight[o] = load<L>(row + o * column + i * V);
                 UNROLL for (int t = 0; t < P; t++) {
-                    const auto value = inputs_at<V>(pixel + t * step + i);
+                    const auto value = inputs_at<INPUTS>(pixel + t * step + i * N);
                     UNROLL for (int o = 0; o < OUT; o++) sum[t][o] += value * weight[o];
                 }
             }
         }
         const auto give = [&](int count) INLINE_LAMBDA {
             UNROLL for (int o = 0; o < OUT; o++) {
-                UNROLL for (int t = 0; t < P; t += PAIR) {
+                UNROLL for (int t = 0; t < P; t += TWO ? 2 : PAIR) {
                     if (t >= count) continue;
-                    if constexpr (PAIR == 1) {
+                    if constexpr (TWO) {
+                        take(x + t, o, sum[t][o], sum[t + 1][o]);
+                    } else if constexpr (PAIR == 1) {
                         take(x + t, o, sum[t][o]);
                     } else {
                         separate<L>(sum[t][o], sum[t + 1][o]);
@@ -216,18 +220,20 @@ template <class F> INLINE void over_columns(int columns, F&& f) {
 }
 
 // All column blocks; take(x, column block, value).
-template <int V, class Take>
+template <int V, int N = 1, class Take>
 INLINE void pointwise_rows(const float* in, long block, long step, int blocks, const float* w, long column, int columns,
                            int width, Take&& take) {
     over_columns(columns, [&](int o, auto count) INLINE_LAMBDA {
         constexpr int OUT = count, P = OUT == 1 || REGISTERS == 32 ? PIXELS : 4;
-        pointwise_row<V, OUT, P>(in, block, step, blocks, w + o * column, column, width,
-                                 [&](int x, int i, Vec<V> v) INLINE_LAMBDA { take(x, o + i, v); });
+        const auto own = [&](int x, int i, auto... values) INLINE_LAMBDA -> decltype(take(x, i, values...)) {
+            take(x, o + i, values...);
+        };
+        pointwise_row<V, OUT, P, N>(in, block, step, blocks, w + o * column, column, width, own);
     });
 }
 
 // Reads up to V floats behind the last of d.
-template <int V, int IN, int OUT, int CHAINS>
+template <int V, int IN, int OUT, int CHAINS, int N>
 INLINE void outer_tile(const float* __restrict a, long a_step, const float* __restrict d, long d_block, long d_step,
                        int pixels, float* __restrict out, long out_step) {
     constexpr int PAIR = PACK<V>, L = PAIR * V;
@@ -237,7 +243,7 @@ INLINE void outer_tile(const float* __restrict a, long a_step, const float* __re
         Vec<L> gradient[OUT];
         UNROLL for (int o = 0; o < OUT; o++) gradient[o] = repeated<V, L>(load<L>(d + o * d_block));
         UNROLL for (int i = 0; i < IN / PAIR; i++) {
-            const auto value = inputs_at<V>(a + i * PAIR);
+            const auto value = inputs_at<V / N>(a + i * PAIR * N);
             UNROLL for (int o = 0; o < OUT; o++) sum[chain][i][o] += value * gradient[o];
         }
         a += a_step, d += d_step;
@@ -251,9 +257,9 @@ INLINE void outer_tile(const float* __restrict a, long a_step, const float* __re
         UNROLL for (int o = 0; o < OUT; o++) {
             Vec<L> total = sum[0][i][o];
             UNROLL for (int chain = 1; chain < CHAINS; chain++) total += sum[chain][i][o];
-            float* to = out + i * PAIR * out_step + o * V;
+            float* to = out + i * PAIR * out_step + o * V / N;
             if constexpr (PAIR == 1) {
-                add_to<V>(to, total);
+                add_to<V / N>(to, folded_channels<V, N, L>(total));
             } else {
                 Vec<L> odd = total;
                 separate<L>(total, odd);
@@ -264,16 +270,16 @@ INLINE void outer_tile(const float* __restrict a, long a_step, const float* __re
 }
 
 // out[input][column] += sum over pixels a[input] * d[column]: `rows` blocks of inputs, `columns` blocks of columns.
-template <int V>
+template <int V, int N = 1>
 INLINE void outer(const float* a, long a_block, long a_step, int rows, const float* d, long d_block, long d_step,
                   int columns, int pixels, float* out, long out_step) {
     over_columns(columns, [&](int o, auto count) INLINE_LAMBDA {
-        constexpr int OUT = count, IN = OUT == 1 ? (REGISTERS == 32 ? V : 8) : REGISTERS == 32 ? 8 : 4;
+        constexpr int OUT = count, IN = OUT == 1 ? (REGISTERS == 32 ? V / N : 8) : REGISTERS == 32 ? 8 : 4;
         constexpr int CHAINS = IN / PACK<V> * OUT < 8 ? 2 : 1;  // a sum waits for its last addition
         for (int b = 0; b < rows; b++)
-            for (int i = 0; i < V; i += IN)
-                outer_tile<V, IN, OUT, CHAINS>(a + b * a_block + i, a_step, d + o * d_block, d_block, d_step, pixels,
-                                       out + (b * V + i) * out_step + o * V, out_step);
+            for (int i = 0; i < V / N; i += IN)
+                outer_tile<V, IN, OUT, CHAINS, N>(a + b * a_block + i * N, a_step, d + o * d_block, d_block, d_step, pixels,
+                                                  out + (b * V / N + i) * out_step + o * V / N, out_step);
     });
 }
 

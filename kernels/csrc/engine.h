@@ -55,11 +55,20 @@ template <int V> class Engine {
     bool passes(const Edge& edge, int slice) const { return passing[edge.row * l.slices + slice]; }
     float scale_of(const Edge& edge, int column) const { return scale[edge.row * l.operations.size() + column]; }
 
+    int together(int stride) const { return images_together<V>(l.n, threads, l.blocks, stride, l.out_size[1]); }
+    // The ReLU of a map, normalized, into a tile: of as many images as are taken together.
+    void fill(float* tile, const Tile& t, int images, const float* map, const Normalization& n) const {
+        if constexpr (PACK<V> == SIDE_BY_SIDE) {
+            if (images > 1) return fill_side_by_side<V>(tile, t, map, n);
+        }
+        fill_tile<V>(tile, t, l.blocks, map, n);
+    }
+
     // An operation that is computed, and its packed weights of one stage, of the edges that leave a source.
     struct Used {
         const Operation* o;
-        std::vector<float> depthwise, pointwise;
-        int first = 0;  // row
+        std::vector<float> depthwise, pointwise;  // for as many images as are taken together
+        int first = 0;                            // row
         size_t each_depthwise = 0, each_pointwise = 0;
 
         explicit Used(const Operation& o) : o(&o) {}
@@ -68,12 +77,15 @@ template <int V> class Engine {
             const Layout<V>& l = engine.l;
             const int edges = l.leaving[source].size(), taps = o.kernel * o.kernel;
             const float* const* w = engine.a.weights + o.weight[stage];
-            depthwise = PackedWeights<V>::depthwise(w[0] + int64_t(first) * taps * l.c, edges, taps, l.c, l.lanes);
-            each_depthwise = depthwise.size() / edges, each_pointwise = PackedWeights<V>::matrix_size(l.c, l.c);
+            const int together = engine.together(stage ? 1 : l.stride(source));
+            depthwise = PackedWeights<V>::depthwise(w[0] + int64_t(first) * taps * l.c, edges, taps, l.c, l.lanes, false,
+                                                    together > 1);
+            each_depthwise = depthwise.size() / edges;
+            each_pointwise = together * PackedWeights<V>::matrix_size(l.c, l.c);
             pointwise.resize(each_pointwise * edges);
             for (int i = 0; i < edges; i++)
-                PackedWeights<V>::matrix(w[1] + int64_t(first + i) * l.c * l.c, l.c, l.c, transposed,
-                                         &pointwise[each_pointwise * i]);
+                PackedWeights<V>::product(w[1] + int64_t(first + i) * l.c * l.c, l.c, transposed, together,
+                                          &pointwise[each_pointwise * i]);
         }
         StageWeights weights(int row) const {
             return {&depthwise[each_depthwise * (row - first)], &pointwise[each_pointwise * (row - first)]};

@@ -92,14 +92,15 @@ template <int V> class Forward : public Engine<V> {
             merge(share, row + column / l.blocks, column % l.blocks, buffer.sums[column], map);
     }
 
+    // Of one edge, and of the images from `image` on that are taken together: then of one block, one behind the other.
     template <int K, int D, int S>
-    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int share,
+    void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int images, int share,
                const ForwardBuffers& buffer, MapSums<V>* sums) {
         const int map = l.out_pixels;
-        stage_forward<V, K, D, S>(tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map),
-                                  Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);
+        stages_forward<V, K, D, S>(images, tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map),
+                                   Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);
         if (!training) return;
-        for (int b = 0; b < l.blocks; b++) merge(share, row, b, sums[b], map);
+        for (int b = 0; b < images * l.blocks; b++) merge(share, row, b % l.blocks, sums[b], map);
     }
 
     void first_stages(int source) {
@@ -116,27 +117,31 @@ template <int V> class Forward : public Engine<V> {
                 for (int row : l.leaving[source]) skip_weights.push_back(this->skip_matrix(o, skip, row, false));
         }
         const Sum sum = source < 2 ? Sum() : node_sum(source - 2);
+        const int images = this->together(stride);
 
-        for_images(l.n, threads, [&] {
+        for_images(l.n / images, threads, [&] {
             float* parts = arena().take(l.slices * NODE_CHUNK * V);
-            float* tile = arena().take(l.blocks * t.pixels() * V);
+            float* tile = arena().take(images * l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(l.out_size[1], l.blocks, l.past_caches());
+            const auto buffer = ForwardBuffers::take<V>(l.out_size[1], images * l.blocks, l.past_caches());
             const DenseBuffers<V> products(skip);
-            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, parts, tile, pooled, buffer, products, sums](int image, int share) {
-                if (source < 2) normalize_input(source, image);
-                else node(source - 2, sum, image, parts);
+            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
+            return [&, parts, tile, pooled, buffer, products, sums](int group, int share) {
+                const int image = group * images;  // the first one
+                for (int i = image; i < image + images; i++) {
+                    if (source < 2) normalize_input(source, i);
+                    else node(source - 2, sum, i, parts);
+                }
                 for (int slice = 0; slice < l.slices; slice++) {
                     const float* map = a.work + l.state(source, slice) + l.image(image, height * width);
                     if (stride == 2) halve(source, slice, map, image);
                     bool filled = false;
                     for (const Used& u : used) {
                         if (u.o->path != slice) continue;
-                        if (u.o->kind == MAXIMUM || u.o->kind == AVERAGE)
-                            pool(*u.o, source, map, around, image, share, pooled);
+                        for (int i = 0; i < images && (u.o->kind == MAXIMUM || u.o->kind == AVERAGE); i++)
+                            pool(*u.o, source, map + l.image(i, height * width), around, image + i, share, pooled);
                         if (u.o->kind != CONVOLUTION && !(u.o->kind == SKIP && stride == 2)) continue;
-                        if (u.o->kind == CONVOLUTION && !filled) fill_tile<V>(tile, t, l.blocks, map, {}), filled = true;
+                        if (u.o->kind == CONVOLUTION && !filled) this->fill(tile, t, images, map, {}), filled = true;
                         for (int row : l.leaving[source]) {
                             const Edge& e = l.edges[row];
                             if (!this->is_open(e, slice)) continue;
@@ -149,7 +154,8 @@ template <int V> class Forward : public Engine<V> {
                                 continue;
                             }
                             specialized(u.o->kernel, u.o->dilation, stride, [&](auto k, auto d, auto s) {
-                                stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, share, buffer, sums);
+                                stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, images, share, buffer,
+                                               sums);
                             });
                         }
                     }
@@ -211,19 +217,21 @@ template <int V> class Forward : public Engine<V> {
             if (o.kind == CONVOLUTION && o.stages == 2 && this->is_used(o, source))
                 used.push_back(Used(*this, o, 1, source, false));
         if (used.empty()) return;
-        for_images(l.n, threads, [&] {
-            float* tile = arena().take(l.blocks * t.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(t.width, l.blocks, l.past_caches());
-            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, tile, buffer, sums](int image, int share) {
+        const int images = this->together(1);
+        for_images(l.n / images, threads, [&] {
+            float* tile = arena().take(images * l.blocks * t.pixels() * V);
+            const auto buffer = ForwardBuffers::take<V>(t.width, images * l.blocks, l.past_caches());
+            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
+            return [&, tile, buffer, sums](int group, int share) {
+                const int image = group * images;  // the first one
                 for (const Used& u : used)
                     for (int row : l.leaving[source]) {
                         if (!this->is_open(l.edges[row], u.o->path)) continue;
                         const int before = u.o->row[0] + row;
-                        fill_tile<V>(tile, t, l.blocks, a.work + l.raw(before) + l.image(image, l.out_pixels),
-                                     this->normalization(before));
+                        this->fill(tile, t, images, a.work + l.raw(before) + l.image(image, l.out_pixels),
+                                   this->normalization(before));
                         specialized(u.o->kernel, u.o->dilation, 1, [&](auto k, auto d, auto) {
-                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, share, buffer, sums);
+                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, images, share, buffer, sums);
                         });
                     }
             };

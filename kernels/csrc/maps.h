@@ -62,6 +62,24 @@ void fill_tile(float* tile, const Tile& t, int blocks, const float* map, const N
     }
 }
 
+// Maps of two images, one behind the other, each of one block, into a tile of images side by side. An even width.
+template <int V> void fill_side_by_side(float* tile, const Tile& t, const float* map, const Normalization& normalization) {
+    constexpr int L = SIDE_BY_SIDE * V;
+    const auto own = normalization.block<V>(0);
+    const int64_t image = int64_t(t.height) * t.width * V;
+    for (int y = 0; y < t.height; y++) {
+        float* to = tile + t.at(y, 0) * L;
+        const float* from = map + int64_t(y) * t.width * V;
+        for (int x = 0; x < t.width; x += 2) {
+            fetch_ahead(from + x * V), fetch_ahead(from + image + x * V);
+            Vec<L> a = relu<L>(own.template apply<L>(load<L>(from + x * V)));
+            Vec<L> b = relu<L>(own.template apply<L>(load<L>(from + image + x * V)));
+            interleave<L>(a, b);
+            store<L>(to + x * L, a), store<L>(to + (x + 1) * L, b);
+        }
+    }
+}
+
 // Scratch memory of a thread; its pages are touched once, not at every call.
 class Arena {
    public:
@@ -152,6 +170,64 @@ void halve_map_backward(const float* in, const float* out, int height, int width
                 gradient = here ? Vec<V>{} : gradient;
             }
         }
+}
+
+// --- Gradients where ReLU let a map through: of one image, or of two side by side, whose maps are one behind the other.
+// convolved: of the ReLU's result, rows of padded(width) pixels. ---
+
+// Gradients of images are `apart`. height: of all blocks.
+template <int V>
+void pass_map(int images, const float* convolved, const float* map, int height, int width, float* d_map, int64_t apart) {
+    const int64_t image = int64_t(height) * width * V;
+    for (int y = 0; y < height; y++, convolved += images * padded(width) * V, map += width * V, d_map += width * V) {
+        if constexpr (PACK<V> == SIDE_BY_SIDE) {
+            constexpr int L = SIDE_BY_SIDE * V;
+            for (int x = 0; x < width && images > 1; x += 2) {
+                Vec<L> one = load<L>(convolved + x * L), other = load<L>(convolved + (x + 1) * L);
+                separate<L>(one, other);
+                store<L>(d_map + x * V, where_positive<L>(load<L>(map + x * V), one));
+                store<L>(d_map + apart + x * V, where_positive<L>(load<L>(map + image + x * V), other));
+            }
+            if (images > 1) continue;
+        }
+        over_pixels<V>(width, [=](int x, auto lanes) {
+            constexpr int L = lanes;
+            store<L>(d_map + x * V, where_positive<L>(load<L>(map + x * V), load<L>(convolved + x * V)));
+        });
+    }
+}
+
+// One block, from a tile that holds the result; and its sums: of the gradient, and of it times the result.
+template <int V>
+void pass_tile(int images, const float* tile, const Tile& t, const float* convolved, float* out, Vec<V>& sum,
+               Vec<V>& product) {
+    constexpr int L = PACK<V> * V;
+    const int64_t image = int64_t(t.height) * t.width * V;
+    for (int y = 0; y < t.height; y++, convolved += images * padded(t.width) * V, out += t.width * V) {
+        const float* seen = tile + t.at(y, 0) * images * V;
+        Vec<L> line_sum{}, line_product{};
+        const auto passed = [&](int x, auto lanes) INLINE_LAMBDA {
+            constexpr int now = lanes;
+            const Vec<now> value = load<now>(seen + x), gradient = where_positive<now>(value, load<now>(convolved + x));
+            if constexpr (now == L) line_sum += gradient, line_product += gradient * value;
+            else sum += gradient, product += gradient * value;
+            return gradient;
+        };
+        if constexpr (PACK<V> == SIDE_BY_SIDE) {
+            for (int x = 0; x < t.width && images > 1; x += 2) {
+                Vec<L> one = passed(x * L, Constant<L>{}), other = passed((x + 1) * L, Constant<L>{});
+                separate<L>(one, other);
+                store<L>(out + x * V, one), store<L>(out + image + x * V, other);
+            }
+            if (images > 1) {
+                sum += folded_channels<L, SIDE_BY_SIDE, L>(line_sum);
+                product += folded_channels<L, SIDE_BY_SIDE, L>(line_product);
+                continue;
+            }
+        }
+        over_pixels<V>(t.width, [&](int x, auto lanes) { store<lanes>(out + x * V, passed(x * V, lanes)); });
+        sum += folded<V, L>(line_sum), product += folded<V, L>(line_product);
+    }
 }
 
 // A pixel's slices -> its channels in shuffled order, out[K * channel + slice], of block `block` of c channels; or back.

@@ -9,16 +9,18 @@ namespace FPDARTS_ISA {
 
 // Padded to blocks.
 template <int V> struct PackedWeights {
-    // [row][tap][block][copy][V]: as many copies as pixels are in a vector. w: [row][tap][channel], or `by_channel`
-    // [row][channel][tap].
-    static std::vector<float> depthwise(const float* w, int rows, int taps, int c, int lanes, bool by_channel = false) {
+    // [row][tap][block][copy][V]: as many copies as pixels are in a vector; for images side by side [V][copy]. w:
+    // [row][tap][channel], or `by_channel` [row][channel][tap].
+    static std::vector<float> depthwise(const float* w, int rows, int taps, int c, int lanes, bool by_channel = false,
+                                        bool side_by_side = false) {
         constexpr int COPIES = PACK<V>;
         std::vector<float> out(size_t(rows) * taps * lanes * COPIES);
         for (int row = 0; row < rows; row++, w += int64_t(taps) * c)
             for (int tap = 0; tap < taps; tap++)
                 for (int k = 0; k < c; k++)
                     for (int copy = 0; copy < COPIES; copy++)
-                        out[((size_t(row) * taps + tap) * lanes + k / V * V) * COPIES + copy * V + k % V] =
+                        out[((size_t(row) * taps + tap) * lanes + k / V * V) * COPIES +
+                            (side_by_side ? k % V * COPIES + copy : copy * V + k % V)] =
                             by_channel ? w[k * taps + tap] : w[tap * c + k];
         return out;
     }
@@ -34,6 +36,14 @@ template <int V> struct PackedWeights {
                     transposed ? w[o * outputs + i] : w[i * outputs + o];
     }
     static size_t matrix_size(int from, int to) { return size_t(divide_up(to, V)) * V * divide_up(from, V) * V; }
+    // Of a stage, (c, c), for as many images as are taken together: for those side by side [input][output][copy].
+    static void product(const float* w, int c, bool transposed, int images, float* out) {
+        if (images == 1) return matrix(w, c, c, transposed, out);
+        for (int i = 0; i < c; i++)
+            for (int o = 0; o < c; o++)
+                for (int copy = 0; copy < images; copy++)
+                    out[(i * V + o) * images + copy] = w[transposed ? o * c + i : i * c + o];
+    }
 };
 
 // A factorized reduction reads an even and an odd pixel as one: the matrix [even 0; 0 odd] makes it a convolution like

@@ -10,7 +10,7 @@ constexpr int64_t KEPT = 1 << 20;  // floats of a result from which on second ca
 
 template <int V> class Parts {
     const PartArguments& a;
-    int n, c, edges, stride, size[2], out_size[2], pixels, out_pixels, blocks, lanes, threads;
+    int n, c, edges, stride, size[2], out_size[2], pixels, out_pixels, blocks, lanes, together, threads;
 
    public:
     explicit Parts(const PartArguments& arguments)
@@ -19,33 +19,37 @@ template <int V> class Parts {
         size[0] = a.height, size[1] = a.width;
         for (int i = 0; i < 2; i++) out_size[i] = divide_up(size[i], stride);
         pixels = size[0] * size[1], out_pixels = out_size[0] * out_size[1];
+        // of fewer than V channels results are written in another way
+        together = c == V ? images_together<V>(n, threads, blocks, stride, size[1]) : 1;
     }
 
     void stage() {
         const auto weights = stage_weights(false);
         // an odd size at stride 2 is computed as the even one above it: the padding is zero anyway
         const Tile t = stage_tile(), d = out_tile();
-        for_images(n, threads, [&] {
-            float* tile = arena().take(blocks * t.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(d.width, blocks, false);
+        for_images(n / together, threads, [&] {
+            float* tile = arena().take(together * blocks * t.pixels() * V);
+            const auto buffer = ForwardBuffers::take<V>(d.width, together * blocks, false);
             float* out = arena().take(blocks * d.height * d.width * V);
             const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
             const int64_t each = int64_t(out_pixels) * edges * c;
             const bool past = n * each >= KEPT && each % V == 0;
-            float* made = past ? arena().take(each) : nullptr;
-            return [&, tile, buffer, out, whole, each, made](int image, int) {
+            float* made = past ? arena().take(together * each) : nullptr;
+            return [&, tile, buffer, out, whole, each, made](int group, int) {
+                const int image = group * together;  // the first one
                 float* of_image = made ? made : a.out + image * each;
                 for (int e = 0; e < edges; e++) {
                     if (e == 0 || a.own) fill(tile, t, image, e);
                     float* to = whole ? of_image + e * c : out;
-                    const Steps steps = whole ? Steps{edges * c, long(d.width) * edges * c, V}
+                    const Steps steps = whole ? Steps{edges * c, long(d.width) * edges * c, together > 1 ? each : V}
                                               : Steps::in_blocks<V>(d.height, d.width);
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
-                        stage_forward<V, k, dilation, s>(tile, t, weights.of(e), blocks, to, steps, buffer, nullptr);
+                        stages_forward<V, k, dilation, s>(together, tile, t, weights.of(e), blocks, to, steps, buffer,
+                                                          nullptr);
                     });
                     if (!whole) scatter(of_image, edges * c, e * c, 0, out_pixels, out);
                 }
-                if (made) copy_past<V>(a.out + image * each, made, each);
+                if (made) copy_past<V>(a.out + image * each, made, together * each);
             };
         });
     }
@@ -55,18 +59,32 @@ template <int V> class Parts {
         const Tile t = stage_tile(), d = out_tile();
         const int64_t each = int64_t(a.kernel * a.kernel + lanes) * lanes, taps = int64_t(a.kernel) * a.kernel * lanes;
         WeightSums gradients(threads, a.d_depthwise ? edges * each : 0);
-        for_images(n, threads, [&] {
-            const auto buffer = StageBuffers::take<V>(t, d, blocks);
-            const int map = blocks * t.height * padded(t.width) * V;
-            return [&, buffer, map](int image, int share) {
+        for_images(n / together, threads, [&] {
+            const auto buffer = StageBuffers::take<V>(t, d, together * blocks);
+            const int map = together * blocks * t.height * padded(t.width) * V;
+            return [&, buffer, map](int group, int share) {
+                const int image = group * together;  // the first one
                 for (int e = 0; e < edges; e++) {
                     const bool fresh = e == 0 || a.own;
                     if (fresh) fill(buffer.tile, t, image, e), std::fill_n(buffer.d_map, map, 0.0f);
                     const float* d_out = a.d_out + int64_t(image) * out_pixels * edges * c + e * c;
                     float* own = gradients.of(share, e * each);
+                    float* d_pointwise = own ? own + taps : nullptr;
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
+                        if constexpr (PACK<V> == SIDE_BY_SIDE && s == 1) {
+                            if (together > 1)
+                                return stage_backward<SIDE_BY_SIDE * V, k, dilation, s, true, SIDE_BY_SIDE>(
+                                    buffer, t, d, weights.of(e), 1, own, d_pointwise,
+                                    [&](int, int first, int count, float* to) {
+                                        for (int i = 0; i < count; i++) {
+                                            const float* from = d_out + int64_t(first + i) * edges * c;
+                                            store_side_by_side<V>(to + i * SIDE_BY_SIDE * V, load<V>(from),
+                                                                  load<V>(from + int64_t(out_pixels) * edges * c));
+                                        }
+                                    });
+                        }
                         stage_backward<V, k, dilation, s, true>(
-                            buffer, t, d, weights.of(e), blocks, own, own ? own + taps : nullptr,
+                            buffer, t, d, weights.of(e), blocks, own, d_pointwise,
                             [&](int b, int first, int count, float* to) {
                                 for (int i = 0; i < count; i++)
                                     store<V>(to + i * V,
@@ -177,11 +195,12 @@ template <int V> class Parts {
     Weights stage_weights(bool transposed) const {
         Weights w;
         const int taps = a.kernel * a.kernel;
-        w.depthwise = PackedWeights<V>::depthwise(a.depthwise, edges, taps, c, lanes);
-        w.each_depthwise = w.depthwise.size() / edges, w.each_pointwise = PackedWeights<V>::matrix_size(c, c);
+        w.depthwise = PackedWeights<V>::depthwise(a.depthwise, edges, taps, c, lanes, false, together > 1);
+        w.each_depthwise = w.depthwise.size() / edges, w.each_pointwise = together * PackedWeights<V>::matrix_size(c, c);
         w.pointwise.resize(w.each_pointwise * edges);
         for (int e = 0; e < edges; e++)
-            PackedWeights<V>::matrix(a.pointwise + int64_t(e) * c * c, c, c, transposed, &w.pointwise[w.each_pointwise * e]);
+            PackedWeights<V>::product(a.pointwise + int64_t(e) * c * c, c, transposed, together,
+                                      &w.pointwise[w.each_pointwise * e]);
         return w;
     }
     Tile stage_tile() const { return Tile(out_size[0] * stride, out_size[1] * stride, MARGIN, stride); }
@@ -189,6 +208,16 @@ template <int V> class Parts {
 
     void fill(float* tile, const Tile& t, int image, int e) const {
         const int wide = a.step, offset = a.own ? e * c : 0;
+        if (together > 1) {
+            const int64_t apart = int64_t(pixels) * wide;
+            for (int y = 0; y < size[0]; y++) {
+                const float* from = a.x + (int64_t(image) * pixels + y * size[1]) * wide + offset;
+                float* to = tile + t.at(y, 0) * SIDE_BY_SIDE * V;
+                for (int x = 0; x < size[1]; x++, from += wide, to += SIDE_BY_SIDE * V)
+                    store_side_by_side<V>(to, relu<V>(load<V>(from)), relu<V>(load<V>(from + apart)));
+            }
+            return;
+        }
         for (int b = 0; b < blocks; b++)
             for (int y = 0; y < size[0]; y++) {
                 const float* from = a.x + (int64_t(image) * pixels + y * size[1]) * wide + offset + b * V;
@@ -199,6 +228,20 @@ template <int V> class Parts {
     }
     void write_input_gradient(const StageBuffers& buffer, const Tile& t, int image, int e) const {
         const int wide = a.own ? edges * c : c, offset = a.own ? e * c : 0;
+        if constexpr (PACK<V> == SIDE_BY_SIDE) {
+            constexpr int L = SIDE_BY_SIDE * V;
+            const int64_t apart = int64_t(pixels) * wide;
+            for (int y = 0; y < size[0] && together > 1; y++) {
+                float* to = a.d_x + (int64_t(image) * pixels + y * size[1]) * wide + offset;
+                const float *seen = buffer.tile + t.at(y, 0) * L, *d = buffer.d_map + int64_t(y) * padded(t.width) * L;
+                for (int x = 0; x < size[1]; x++, to += wide) {
+                    Vec<L> one = where_positive<L>(load<L>(seen + x * L), load<L>(d + x * L)), other = one;
+                    separate<L>(one, other);
+                    store<V>(to, lanes_of<V, 0, L>(one)), store<V>(to + apart, lanes_of<V, 0, L>(other));
+                }
+            }
+            if (together > 1) return;
+        }
         for (int b = 0; b < blocks; b++)
             for (int y = 0; y < size[0]; y++) {
                 float* to = a.d_x + (int64_t(image) * pixels + y * size[1]) * wide + offset + b * V;

@@ -55,6 +55,14 @@ struct Steps {
     template <int V> static Steps in_blocks(int height, int width) { return {V, width * V, long(height) * width * V}; }
 };
 
+// How many images a stage takes at once: two of one block of 8 channels fill vectors of 16 lanes, and where there are no
+// fewer pairs than threads none is idle.
+template <int V> int images_together(int images, int threads, int blocks, int stride, int width) {
+    const bool fit = PACK<V> == SIDE_BY_SIDE && blocks == 1 && stride == 1;
+    const bool even = images % SIDE_BY_SIDE == 0 && width % 2 == 0;
+    return fit && even && images >= SIDE_BY_SIDE * threads ? SIDE_BY_SIDE : 1;
+}
+
 // Rows that are computed together: what one step writes is still in the first cache when the next one reads it.
 inline int rows_together(int width) { return std::max(1, 2 * CHUNK / padded(width)); }
 inline int pixels_together(int width) { return rows_together(width) * padded(width); }
@@ -72,10 +80,12 @@ struct ForwardBuffers {
     }
 };
 
-// sums: a block each, of a result in blocks, or null where none are needed. A result past the caches is in blocks.
-template <int V, int K, int D, int S>
+// sums: a block each, of a result in blocks, or null where none are needed. A result past the caches is in blocks. Of N
+// images side by side the result is a block of V / N channels for each.
+template <int V, int K, int D, int S, int N = 1>
 void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, const Steps& steps,
-                   const ForwardBuffers& buffer, MapSums<V>* sums) {
+                   const ForwardBuffers& buffer, MapSums<V / N>* sums) {
+    constexpr int C = V / N;
     const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = blocks * V;
     const int64_t seen_block = int64_t(pixels_together(width)) * V;
     for (int first = 0; first < height; first += rows_together(width)) {
@@ -84,22 +94,47 @@ void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks,
             depthwise_rows<V, K, D, S, false, false>(
                 tile + (int64_t(b) * t.pixels() + t.at(first * S, D * (K / 2))) * V, long(t.pitch) * V,
                 w.depthwise + b * V * PACK<V>, lanes * PACK<V>, buffer.seen + b * seen_block, wide * V, rows, width);
-        const Steps own = buffer.made ? Steps::in_blocks<V>(rows, width) : steps;
+        const Steps own = buffer.made ? Steps::in_blocks<C>(rows, width) : steps;
         float* made = buffer.made ? buffer.made : out + first * steps.row;
         for (int y = 0; y < rows; y++) {
             float* row = made + y * own.row;
-            pointwise_rows<V>(buffer.seen + y * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks, width,
-                              [=](int x, int o, Vec<V> v) INLINE_LAMBDA {
-                                  store<V>(row + o * own.block + x * own.pixel, v);
-                              });
+            const auto product = [&](auto&& take) INLINE_LAMBDA {
+                pointwise_rows<V, N>(buffer.seen + y * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks,
+                                     width, take);
+            };
+            if constexpr (N == 1)
+                product([=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(row + o * own.block + x * own.pixel, v); });
+            else if (own.pixel == C)
+                product([=](int x, int, Vec<V> a, Vec<V> b) INLINE_LAMBDA {
+                    separate<V>(a, b);
+                    store<V>(row + x * C, a), store<V>(row + own.block + x * C, b);
+                });
+            else
+                product([=](int x, int, Vec<V> v) INLINE_LAMBDA {
+                    Vec<V> other = v;
+                    separate<V>(v, other);
+                    store<C>(row + x * own.pixel, lanes_of<C, 0, V>(v));
+                    store<C>(row + own.block + x * own.pixel, lanes_of<C, 0, V>(other));
+                });
         }
-        for (int b = 0; b < blocks && sums; b++) {
-            if (first == 0) sums[b].begin(load<V>(made + b * own.block));
+        for (int b = 0; b < N * blocks && sums; b++) {
+            if (first == 0) sums[b].begin(load<C>(made + b * own.block));
             sums[b].add(made + b * own.block, rows * width);
         }
-        for (int b = 0; b < blocks && buffer.made; b++)
-            copy_past<V>(out + first * steps.row + b * steps.block, buffer.made + b * own.block, own.block);
+        for (int b = 0; b < N * blocks && buffer.made; b++)
+            copy_past<C>(out + first * steps.row + b * steps.block, buffer.made + b * own.block, own.block);
     }
+}
+
+// The same of as many images as are taken together: those side by side have one block.
+template <int V, int K, int D, int S>
+void stages_forward(int images, const float* tile, const Tile& t, StageWeights w, int blocks, float* out,
+                    const Steps& steps, const ForwardBuffers& buffer, MapSums<V>* sums) {
+    if constexpr (PACK<V> == SIDE_BY_SIDE && S == 1) {
+        if (images > 1)
+            return stage_forward<SIDE_BY_SIDE * V, K, D, S, SIDE_BY_SIDE>(tile, t, w, 1, out, steps, buffer, sums);
+    }
+    stage_forward<V, K, D, S>(tile, t, w, blocks, out, steps, buffer, sums);
 }
 
 // Scratch memory of a thread for backward. d_tile: gradient of the depthwise result, with a margin of zeros.
@@ -129,8 +164,9 @@ INLINE void stage_parity(const float* d, long d_pitch, const float* w, int lanes
 }
 
 // buffer.d_map (+)= gradient of the tile. draw(block, first pixel, count, to): gradient of the result. d_depthwise
-// [tap][lanes] and d_pointwise [input lane][output lane] are added to, or null where they are not needed.
-template <int V, int K, int D, int S, bool ADD, class Draw>
+// [tap][lanes] and d_pointwise [input lane][output lane] are added to, or null where they are not needed; of N images side
+// by side, by channel.
+template <int V, int K, int D, int S, bool ADD, int N = 1, class Draw>
 void stage_backward(const StageBuffers& buffer, const Tile& t, const Tile& d, StageWeights w, int blocks,
                     float* d_depthwise, float* d_pointwise, Draw&& draw) {
     constexpr int P = D * (K / 2);
@@ -154,18 +190,18 @@ void stage_backward(const StageBuffers& buffer, const Tile& t, const Tile& d, St
         for (int r = 0; r < rows; r++) {
             float* to = buffer.d_tile + d.at(first + r, 0) * V;
             const int64_t d_block = int64_t(d.pixels()) * V;
-            pointwise_rows<V>(buffer.drawn + r * wide * V, block, V, blocks, w.pointwise, lanes * V, blocks, width,
-                              [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * d_block + x * V, v); });
+            pointwise_rows<V, N>(buffer.drawn + r * wide * V, block, V, blocks, w.pointwise, lanes * V, blocks, width,
+                                 [=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(to + o * d_block + x * V, v); });
         }
         if (needed)
-            outer<V>(buffer.seen, block, V, blocks, buffer.drawn, block, V, blocks, rows * wide, d_pointwise, lanes);
+            outer<V, N>(buffer.seen, block, V, blocks, buffer.drawn, block, V, blocks, rows * wide, d_pointwise, lanes / N);
         const int ready = S == 2 ? 0 : first + rows == height ? height : std::max(done, first + rows - P);
         for (int b = 0; b < blocks; b++) {
             const float* d_tile = buffer.d_tile + int64_t(b) * d.pixels() * V;
             if (needed)
-                depthwise_weight<V, K, D, S>(buffer.tile + (int64_t(b) * t.pixels() + t.at(first * S, P)) * V, pitch,
-                                             d_tile + d.at(first, 0) * V, d_pitch, rows, width, d_depthwise + b * V,
-                                             lanes);
+                depthwise_weight<V, K, D, S, N>(buffer.tile + (int64_t(b) * t.pixels() + t.at(first * S, P)) * V, pitch,
+                                                d_tile + d.at(first, 0) * V, d_pitch, rows, width,
+                                                d_depthwise + b * V / N, lanes / N);
             if (done < ready)
                 depthwise_rows<V, K, D, 1, true, ADD>(d_tile + d.at(done, P) * V, d_pitch, w.depthwise + b * V * PACK<V>,
                                                       lanes * PACK<V>, buffer.d_map + (b * t.height + done) * map_pitch,

@@ -186,6 +186,22 @@ struct Factors {
                                       (slopes.template as<L>() * centred + shifts.template as<L>()));
         });
     }
+    // Of two images of one block, the second `image` floats behind the first: side by side. An even count.
+    template <int V>
+    INLINE void draw_side_by_side(const float* g, const float* raw, int64_t image, int count, float* out) const {
+        constexpr int L = SIDE_BY_SIDE * V;
+        const Vec<L> by = Spread<V>(load<V>(&factor[0])).all, slopes = Spread<V>(load<V>(&slope[0])).all;
+        const Vec<L> shifts = Spread<V>(load<V>(&shift[0])).all, means = Spread<V>(load<V>(&mean[0])).all;
+        const auto drawn = [=](int64_t i) INLINE_LAMBDA {
+            fetch_ahead(g + i), fetch_ahead(raw + i);
+            return by * load<L>(g + i) + (slopes * (load<L>(raw + i) - means) + shifts);
+        };
+        for (int i = 0; i < count; i += 2) {
+            Vec<L> a = drawn(i * V), b = drawn(image + i * V);
+            interleave<L>(a, b);
+            store<L>(out + i * L, a), store<L>(out + (i + 1) * L, b);
+        }
+    }
     template <int V>
     INLINE void draw_rows(int block, const float* g, const float* raw, int count, float* out, int step,
                           float scale = 1) const {

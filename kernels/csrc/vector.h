@@ -156,6 +156,25 @@ template <int V> INLINE void separate(Vec<V>& a, Vec<V>& b) {
     b = pick<V>(a, b, odd), a = first;
 }
 
+// N = 2 images side by side, of 8 channels in vectors of 16: lanes 2c and 2c + 1 are channel c of the one and the other.
+// Their pixels lie where vectors begin, and two of them are what vectors of a single image's pixels hold: see separate.
+constexpr int SIDE_BY_SIDE = 2;
+// Channels' sums over what a vector holds of them: pixels, or images.
+template <int V, int N, int L> INLINE Vec<V / N> folded_channels(Vec<L> v) {
+    if constexpr (N == 1) {
+        return folded<V, L>(v);
+    } else {
+        Vec<L> odd = v;
+        separate<L>(v, odd);
+        return lanes_of<V / N, 0, L>(v) + lanes_of<V / N, 0, L>(odd);
+    }
+}
+// A pixel of two images.
+template <int V> INLINE void store_side_by_side(float* p, Vec<V> a, Vec<V> b) {
+    interleave<V>(a, b);
+    store<V>(p, a), store<V>(p + V, b);
+}
+
 // The first V lanes, each as often as pixels fit a vector.
 template <int V, int L> INLINE Vec<L> repeated(Vec<L> v) {
     if constexpr (L == V) return v;
