@@ -5,43 +5,16 @@ All sides of a case start from the same weights and images, made from one seed, 
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from benchmarks import parts, steps
+from benchmarks.setting import Case, Setting
 from benchmarks.sides import Side
-from benchmarks.work import Work
 
 STEPS = ("search-step", "arch-step", "retrain-step")
 PARTS = ("cell", "stage", "pooling", "node")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Shapes of a case; what a case does not need it ignores."""
-
-    batch_size: int = 64
-    init_channels: int = 16
-    """C of the whole model, or of the cell that a part belongs to."""
-    cells: int = 8
-    image_size: int = 32
-    """Side of the images, or of the states that a part reads."""
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    gates: Literal["both", "step"] = "both"
-    """Both paths of all edges open, or drawn anew each step: 4/3 of 2 on average, the same draws for all sides."""
-    operation: str = "sep_conv_5x5"
-    """Of stage and pooling."""
-    stride: int = 1
-    """Of stage and pooling."""
-    reduction: bool = False
-    """Of a cell."""
-    direction: Literal["forward", "backward", "both"] = "both"
-    """Of cell and parts."""
-    device: str = "cpu"
-
 
 # What a case is timed with where nothing else is said.
 DEFAULTS = {
@@ -51,24 +24,8 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """A side, ready to run.
-
-    step: of a number i, makes the i-th call, which is timed; every side does the same in its i-th.
-    results: name -> tensor, of the last call.
-    work: of a call, by formula; where gates are drawn, the mean of the draws.
-    """
-
-    step: Callable[[int], None]
-    results: Callable[[], dict[str, Tensor]]
-    work: Work
-
-
 def build(what: str, side: Side, setting: Setting) -> Case:
     """Raises ValueError for a case that the side does not have."""
-    from benchmarks import parts, steps
-
     if side.graph and what not in STEPS:
         raise ValueError(f"{what} is not timed under a CUDA graph; leave +graph off")
     torch.manual_seed(0)

@@ -93,7 +93,7 @@ def check(options, amp):
 
 
 def _setting(options, what, **given):
-    from benchmarks.cases import Setting
+    from benchmarks.setting import Setting
 
     retrained = what == "retrain-step"
     sizes = dict(batch_size=96, init_channels=36, cells=20) if retrained else dict(batch_size=256)

@@ -8,7 +8,7 @@ from fpdarts.kernels.spec import OPERATIONS, CellSpec
 from torch import Tensor, nn
 
 from benchmarks import work
-from benchmarks.cases import Case
+from benchmarks.setting import Case
 from benchmarks.work import Passes
 from fpdarts import kernels
 from fpdarts.gates import GateSampler

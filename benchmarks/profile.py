@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report, work
-from benchmarks.cases import Setting
 from benchmarks.counting import Count
+from benchmarks.setting import Setting
 from benchmarks.sides import Side
 from benchmarks.steps import retrain_config, retrain_network, search_config, search_model
 from fpdarts import kernels

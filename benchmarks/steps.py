@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import work
-from benchmarks.cases import Case, Setting
+from benchmarks.setting import Case, Setting
 from benchmarks.sides import Side
 from fpdarts import config as configuration
 from fpdarts.config import RetrainConfig, SearchConfig
