@@ -104,10 +104,10 @@ STEPS = {"search": searched, "retrain": _retrained}
 
 
 class Absent:
-    """A GPU that is not there, for Triton to compile for."""
+    """A GPU that is not there, for Triton to compile for. device: a number by which it keeps apart what it compiled."""
 
-    def __init__(self, arch: int):
-        self.arch = arch
+    def __init__(self, arch: int, device: int):
+        self.arch, self.device = arch, device
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -115,7 +115,7 @@ class Absent:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
-        return self.arch  # Triton keeps apart by it what it compiled
+        return self.device
 
     def get_current_stream(self, device):
         return 0
@@ -131,7 +131,7 @@ def specialized(launch, arch: int) -> tuple[str, dict]:
         found.append(compile["specialization_data"])
         return True  # it is not to be compiled now
 
-    triton.runtime.driver.set_active(Absent(arch))
+    triton.runtime.driver.set_active(Absent(arch, -arch))  # where nothing was compiled: of that no data are given
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_cache_hook = keep
         launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid)
@@ -148,7 +148,7 @@ def binary(job: dict):
 
     import fpdarts  # noqa: F401  finds fpdarts.kernels in a checkout
 
-    triton.runtime.driver.set_active(Absent(job["arch"]))
+    triton.runtime.driver.set_active(Absent(job["arch"], job["arch"]))
     return getattr(import_module(job["module"]), job["kernel"]).preload(job["data"])
 
 

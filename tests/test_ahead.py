@@ -106,7 +106,7 @@ def test_back_ends_without_a_compiler_have_nothing_to_do(capsys):
 
 def test_a_launch_finds_what_was_compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", aot.Absent(90))
+    monkeypatch.setattr(driver, "_active", aot.Absent(90, 90))
     hits = []
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **_: hits.append(cache_hit))
 
@@ -130,3 +130,4 @@ def test_a_launch_finds_what_was_compiled(monkeypatch, tmp_path):
     for each in launched.all:
         each.kernel.warmup(**each.tensors, **each.arguments, grid=each.grid)
     assert len(hits) == len(jobs)
+    assert dict(aot.specialized(each, 90) for each in launched.all) == jobs
