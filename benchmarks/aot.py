@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,8 @@ class Options:
     out: str | None = None
 
 
-def configurations(options: Options, arch: int) -> dict[str, dict]:
-    """What tells a configuration apart -> what a process needs to compile it, over all steps."""
+def configurations(options: Options, arch: int) -> list[dict]:
+    """What a process needs to compile each, over all steps."""
     import torch
 
     found = {}
@@ -55,10 +56,10 @@ def configurations(options: Options, arch: int) -> dict[str, dict]:
         for protocol in options.searches:
             for step in options.steps:
                 for launch in STEPS[step](protocol, storage, options):
-                    key, job = specialized(launch, arch)
-                    found.setdefault(key, job | {"dtype": dtype})
+                    job = specialized(launch, arch)
+                    found.setdefault(job["data"], job | {"dtype": dtype})
     torch.set_float32_matmul_precision("highest")
-    return found
+    return list(found.values())
 
 
 def searched(protocol, storage, options):
@@ -71,9 +72,11 @@ def searched(protocol, storage, options):
 
     for k in options.partial:
         n, side = (256, 32) if protocol == "cifar" else (128, 224)
-        model = twin(SuperNet(10, 16, 8, partial=k, stem=protocol), "triton", storage)
+        with torch.device("meta"):
+            model = SuperNet(10, 16, 8, partial=k, stem=protocol)
         with counting() as launched:
-            take_search_steps(model, torch.empty(n, 3, side, side, dtype=storage, device="meta"))
+            images = torch.empty(n, 3, side, side, dtype=storage, device="meta")
+            take_search_steps(twin(model, "triton", storage), images)
         yield from launched.all
 
 
@@ -121,8 +124,20 @@ class Absent:
         return 0
 
 
-def specialized(launch, arch: int) -> tuple[str, dict]:
-    """What tells a launch's configuration apart, and what a process needs to compile it: as Triton specializes it."""
+@contextmanager
+def compiling_for(arch: int, device: int):
+    """Triton then compiles for such a GPU, and afterwards again for the one that is there."""
+    from triton.runtime import driver
+
+    driver.set_active(Absent(arch, device))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # it looks again when it is asked
+
+
+def specialized(launch, arch: int) -> dict:
+    """What a process needs to compile a launch's configuration, ``data`` being as Triton specializes it."""
     import triton
 
     found = []
@@ -131,25 +146,23 @@ def specialized(launch, arch: int) -> tuple[str, dict]:
         found.append(compile["specialization_data"])
         return True  # it is not to be compiled now
 
-    triton.runtime.driver.set_active(Absent(arch, -arch))  # where nothing was compiled: of that no data are given
-    with triton.knobs.runtime.scope():
+    # a device where nothing was compiled: of what was, Triton gives no data
+    with compiling_for(arch, -arch), triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_cache_hook = keep
         launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid)
     function = launch.kernel.fn
     job = {"kernel": function.__name__, "module": function.__module__, "arch": arch, "c": launch.arguments.get("C")}
-    return found[0], job | {"data": found[0], "configuration": told(launch)}
+    return job | {"data": found[0], "configuration": told(launch)}
 
 
 def binary(job: dict):
     """What Triton makes of a configuration; where a launch asks for the same one later, it is in Triton's cache."""
     from importlib import import_module
 
-    import triton
-
     import fpdarts  # noqa: F401  finds fpdarts.kernels in a checkout
 
-    triton.runtime.driver.set_active(Absent(job["arch"], job["arch"]))
-    return getattr(import_module(job["module"]), job["kernel"]).preload(job["data"])
+    with compiling_for(job["arch"], job["arch"]):
+        return getattr(import_module(job["module"]), job["kernel"]).preload(job["data"])
 
 
 def compiled(job: dict) -> dict:
@@ -236,7 +249,7 @@ def _resources(cubin: bytes) -> dict:
 
 def main(options: Options) -> dict:
     jobs = [
-        job for arch in options.arch for job in configurations(options, arch).values()
+        job for arch in options.arch for job in configurations(options, arch)
         if not options.kernels or any(part in job["kernel"] for part in options.kernels)
     ]  # fmt: skip
     rows = []

@@ -28,10 +28,13 @@ def jobs(arch: int) -> list[dict]:
     from benchmarks import tune
 
     asked = aot.Options(dtypes=("bfloat16", "tf32"), searches=("cifar",), partial=(2,))
-    return list({**_checked(arch), **aot.configurations(asked, arch), **tune.configurations(arch)}.values())
+    found = {}
+    for job in _checked(arch) + aot.configurations(asked, arch) + tune.configurations(arch):
+        found.setdefault(job["data"], job)
+    return list(found.values())
 
 
-def _checked(arch: int) -> dict[str, dict]:
+def _checked(arch: int) -> list[dict]:
     """As aot.configurations gives them: of what check-kernels launches."""
     import torch
     from fpdarts.kernels.triton.launch import counting
@@ -41,7 +44,7 @@ def _checked(arch: int) -> dict[str, dict]:
     with counting() as launched:
         for amp in ("off", "bf16"):
             compute_all(Side("triton", torch.device("meta"), torch.float32, amp))
-    return dict(aot.specialized(launch, arch) for launch in launched.all)
+    return [aot.specialized(launch, arch) for launch in launched.all]
 
 
 def compile_all(jobs: list[dict]) -> list[str]:

@@ -121,15 +121,10 @@ def rule_of(launch) -> tuple:
     return rule, *(given[name] for name in arguments)
 
 
-def configurations(arch: int) -> dict[str, dict]:
-    """All that is to be compiled, found on the meta device, as aot.configurations gives it."""
-    options = aot.Options(dtypes=("bfloat16",), partial=(2,))
-    found = {}
-    for launch, _ in distinct(aot.searched("cifar", torch.bfloat16, options)).values():
-        for variant in variants(launch):
-            key, job = aot.specialized(variant, arch)
-            found[key] = job | {"dtype": "bfloat16"}
-    return found
+def configurations(arch: int) -> list[dict]:
+    """All that is to be compiled, found on the meta device, as aot.configurations gives it; some of it several times."""
+    launches = distinct(aot.searched("cifar", torch.bfloat16, aot.Options(partial=(2,)))).values()
+    return [aot.specialized(variant, arch) for launch, _ in launches for variant in variants(launch)]
 
 
 def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:

@@ -6,8 +6,7 @@ what it launches is compiled. Only the model's layout counts for that, not the n
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -19,28 +18,28 @@ from fpdarts.supernet import SuperNet
 IMAGES = 2
 
 
-@contextmanager
-def compiling(name: str, device: torch.device) -> Iterator[bool]:
-    """What the back end of that name launches within, on the meta device, it compiles for the device. Yields whether it
-    does: some have nothing to compile."""
-    compile_launches = getattr(kernels.backend(name, device.type), "compiling", None)
-    if compile_launches is None or device.type != "cuda":
-        yield False
+def compile_launches(launch: Callable[[], None], name: str, device: torch.device):
+    """Has the back end of that name compile, for the device, what ``launch`` launches on the meta device. Those with
+    nothing to compile are not asked."""
+    compiling = getattr(kernels.backend(name, device.type), "compiling", None)
+    if compiling is None or device.type != "cuda":  # in the interpreter nothing is compiled
         return
     print("compiling kernels for this GPU, where that was not done before", file=sys.stderr)
-    with compile_launches():
-        yield True
+    with compiling():
+        launch()
 
 
 def compile_steps(
     take_steps: Callable, model: torch.nn.Module, image_size: int, name: str, device: torch.device, amp: str
 ):
     """Of a search or a retraining. take_steps: of the twin and a batch of images, see below."""
-    with compiling(name, device) as needed:
-        if needed:
-            dtype = torch.bfloat16 if amp == "bf16" else torch.float32
-            model = twin(model, name, dtype)
-            take_steps(model, torch.empty(IMAGES, 3, image_size, image_size, dtype=dtype, device="meta"))
+
+    def launch():
+        dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+        images = torch.empty(IMAGES, 3, image_size, image_size, dtype=dtype, device="meta")
+        take_steps(twin(model, name, dtype), images)
+
+    compile_launches(launch, name, device)
 
 
 def twin(model: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpdarts import kernels as kernel_backends
-from fpdarts.ahead import compiling, twin
+from fpdarts.ahead import compile_launches, twin
 from fpdarts.architect import frozen
 from fpdarts.gates import GateSampler
 from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
@@ -451,9 +451,7 @@ def check_kernels(
     say(_columns("operation", "output", "allowed", "gradient", "allowed", "worst"))
     rows = []
     with one_precision():
-        with compiling(name, chosen) as needed:
-            if needed:
-                compute_all(replace(side, device=torch.device("meta")))
+        compile_launches(partial(compute_all, replace(side, device=torch.device("meta"))), name, chosen)
         for operation, cases in operations().items():
             if lacks and operation.startswith("derived"):
                 say(f"{operation}: {lacks}")

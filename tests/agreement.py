@@ -39,8 +39,8 @@ TWICE = TESTED != "triton"  # in the interpreter only where a test asks for it: 
 
 
 def compare(function, inputs: dict, twice: bool = TWICE):
-    """function(back end, tensors): a tensor, or (tensor, more to compare). Outputs and the gradients of all inputs; these
-    are with ``twice`` computed again, and the same."""
+    """function(back end, tensors): a tensor, or (tensor, more to compare). Outputs and the gradients of all inputs. With
+    ``twice`` these are computed again, and the same."""
 
     def run(name, dtype):
         leaves = {key: value.to(dtype).clone().requires_grad_() for key, value in inputs.items()}
