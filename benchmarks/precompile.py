@@ -39,7 +39,8 @@ def _checked(arch: int) -> list[dict]:
     import torch
     from fpdarts.kernels.triton.launch import counting
 
-    from fpdarts.check import Side, compute_all
+    from fpdarts.check import compute_all
+    from fpdarts.check_cases import Side
 
     with counting() as launched:
         for amp in ("off", "bf16"):

@@ -13,7 +13,7 @@ import torch
 from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 
 from fpdarts import DerivedNetwork, GateSampler, Genotype, SuperNet, kernels
-from fpdarts.check import CELL_TOLERANCE
+from fpdarts.check_cases import CELL_TOLERANCE
 from fpdarts.space import DEFAULT_SUBSETS
 
 TESTED = os.environ.get("FPDARTS_TESTED", "triton")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from fpdarts.kernels import reference
 
-from fpdarts import GateSampler, SuperNet, check, verify
-from fpdarts.check import Case, Shape, check_kernels
+from fpdarts import GateSampler, SuperNet, check, check_cases, verify
+from fpdarts.check import check_kernels
+from fpdarts.check_cases import Case, Shape, Side
 from fpdarts.config import SearchConfig, resolved
 from fpdarts.errors import KernelMismatch, NonFiniteLoss
 from fpdarts.run import load_checkpoint
@@ -26,11 +27,11 @@ TINY = dict(limit=120, init_channels=4, cells=3, batch_size=30, epochs=2)  # two
 @pytest.fixture
 def small(monkeypatch):
     """Shapes with which a whole check takes a second or two."""
-    monkeypatch.setattr(check, "SHAPES", (Shape(8, 2, 8), Shape(8, 4, 7)))
-    monkeypatch.setattr(check, "DERIVED_SHAPES", ((4, 8), (6, 7)))
-    monkeypatch.setattr(check, "STEP_CHANNELS", 4)
-    monkeypatch.setattr(check, "STEP_CELLS", 3)
-    monkeypatch.setattr(check, "STEP_SIZE", 16)
+    monkeypatch.setattr(check_cases, "SHAPES", (Shape(8, 2, 8), Shape(8, 4, 7)))
+    monkeypatch.setattr(check_cases, "DERIVED_SHAPES", ((4, 8), (6, 7)))
+    monkeypatch.setattr(check_cases, "STEP_CHANNELS", 4)
+    monkeypatch.setattr(check_cases, "STEP_CELLS", 3)
+    monkeypatch.setattr(check_cases, "STEP_SIZE", 16)
 
 
 def scaled_gradient(name, factor):
@@ -55,7 +56,7 @@ def cell_times(factor):
 
 def only(monkeypatch, *names):
     """Operations whose names begin so, alone: what is wrong is computed with seven seeds."""
-    chosen = {name: cases for name, cases in check.operations().items() if name.startswith(names)}
+    chosen = {name: cases for name, cases in check_cases.operations().items() if name.startswith(names)}
     monkeypatch.setattr(check, "operations", lambda: chosen)
 
 
@@ -101,8 +102,8 @@ def test_the_reference_passes_and_every_operation_is_there(small):
         assert {f"pooling {name}, stride 1", f"pooling {name}, stride 2"} <= set(found)
     assert {"factorized_reduction", "normalize", "node", "step of weights", "step of architecture"} <= set(found)
     assert {"cell, normal", "cell, reduction", "cell, factorized input"} <= set(found)
-    assert {f"cell, gates {gates}" for gates in check.GATES} <= set(found)
-    assert {f"derived cell, {kind}" for kind in (*check.DERIVED, "drop-path", "evaluation")} <= set(found)
+    assert {f"cell, gates {gates}" for gates in check_cases.GATES} <= set(found)
+    assert {f"derived cell, {kind}" for kind in (*check_cases.DERIVED, "drop-path", "evaluation")} <= set(found)
     for row in report["rows"]:
         assert 0 <= row["output_error"] <= row["output_tolerance"]
         not_asked = "normalize, statistics given", "cell, evaluation", "derived cell, evaluation"
@@ -111,7 +112,7 @@ def test_the_reference_passes_and_every_operation_is_there(small):
 
 
 def test_the_settings_are_those_of_a_search_on_cifar():
-    settings = {case.setting for cases in check.operations().values() for case in cases}
+    settings = {case.setting for cases in check_cases.operations().values() for case in cases}
     for c, size in ((8, 32), (16, 16), (32, 8)):
         assert {f"C/K={c}, K=2, {size}x{size}", f"reduction, C/K={c}, K=2, {size}x{size}"} <= settings
     assert {"normal, C=36, 32x32", "reduction, C=144, 8x8", "factorized input, C=48, 7x7"} <= settings
@@ -121,7 +122,7 @@ def test_the_settings_are_those_of_a_search_on_cifar():
 def test_a_wrong_output_is_found_in_its_operations_alone(plant, small):
     plant("wrong", stage=lambda *args, **options: reference.stage(*args, **options) * 1.001)
     found = failed(check_kernels("wrong", "cpu", say=quiet))
-    assert set(found) == {operation for operation in check.operations() if operation.startswith("stage")}
+    assert set(found) == {operation for operation in check_cases.operations() if operation.startswith("stage")}
     row = found["stage dil_conv_5x5, stride 2"]
     assert row["worst"].startswith("out, C/K=") and row["output_error"] == pytest.approx(1e-3, rel=1e-2)
 
@@ -153,7 +154,7 @@ def test_a_wrong_derived_cell_is_found(plant, small):
 
     plant("wrong", derived_cell=derived_cell)
     found = failed(check_kernels("wrong", "cpu", say=quiet))
-    assert set(found) == {f"derived cell, {kind}" for kind in (*check.DERIVED, "drop-path")}
+    assert set(found) == {f"derived cell, {kind}" for kind in (*check_cases.DERIVED, "drop-path")}
     assert found["derived cell, normal"]["worst"].startswith("variance, normal, C=")
 
 
@@ -205,7 +206,7 @@ def test_a_tie_is_told_from_an_error_by_other_seeds(errors, passed):
         error = 0 if side.dtype == torch.float64 else errors[seed]
         return {"out": torch.ones(1), "d_x": torch.tensor(1.0 + error)}
 
-    side = check.Side("reference", torch.device("cpu"), torch.float32, "off")
+    side = Side("reference", torch.device("cpu"), torch.float32, "off")
     output, gradient = check._worst(Case("", compute), side, Tolerance(0.1, 0.1))
     assert output == (0, "out") and (gradient[0] <= 0.1) == passed
 
