@@ -32,7 +32,7 @@ def compile_launches(launch: Callable[[], None], name: str, device: torch.device
 def compile_steps(
     take_steps: Callable, model: torch.nn.Module, image_size: int, name: str, device: torch.device, amp: str
 ):
-    """Of a search or a retraining. take_steps: of the twin and a batch of images, see below."""
+    """Of a search, a retraining or a test. take_steps: of the twin and a batch of images, see below."""
 
     def launch():
         dtype = torch.bfloat16 if amp == "bf16" else torch.float32
@@ -68,5 +68,9 @@ def take_retraining_steps(network: DerivedNetwork, images: torch.Tensor, drop_pa
     """One of training, and one of evaluation."""
     out = network(images, drop_path)
     sum(logits.sum() for logits in (out if isinstance(out, tuple) else (out,))).backward()
+    take_evaluation(network, images)
+
+
+def take_evaluation(network: DerivedNetwork, images: torch.Tensor):
     with torch.no_grad():
         network.eval()(images)

@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 
 from fpdarts import config as configuration
+from fpdarts.ahead import compile_steps, take_evaluation
 from fpdarts.config import EvaluateConfig, RetrainConfig
 from fpdarts.data import DataError, Loader, in_memory, open_data, select_reader
 from fpdarts.genotype import Genotype
 from fpdarts.network import DerivedNetwork
 from fpdarts.run import load_checkpoint, read_config
-from fpdarts.training import evaluate_model, select_amp, select_device
+from fpdarts.training import evaluate_model, select_amp, select_device, select_kernels
 
 
 def evaluate(config: EvaluateConfig) -> dict:
@@ -28,16 +29,19 @@ def evaluate(config: EvaluateConfig) -> dict:
         raise DataError(
             f"{data.source} has other classes than the {len(classes)} that {config.run} was trained on: {names}"
         )
-    network = build_network(replace(trained, kernels="auto"), genotype, len(classes))  # maybe another machine
+    amp = select_amp(config.amp, device)
+    serving, told = select_kernels("auto", amp, device, "derived_cell")  # maybe another machine
+    network = build_network(replace(trained, kernels=serving), genotype, len(classes))
     network.load_state_dict(checkpoint["model"])
     network.to(device, memory_format=torch.channels_last)
-    reader, told = select_reader(config.loader, data)
-    print(told, file=sys.stderr)
+    reader, told_reader = select_reader(config.loader, data)
+    print(told, told_reader, sep="\n", file=sys.stderr)
+    compile_steps(take_evaluation, network, data.image_size, serving, device, amp)
     images = in_memory(data.test, data, None) if reader == "resident" else data.test
     images = images if config.limit is None else images.limited(config.limit)
     batch_size = config.batch_size or trained.batch_size
     loader = Loader(images, data, batch_size, None, 0, device, config.workers, reader)
-    result = evaluate_model(network, loader, select_amp(config.amp, device), data.protocol == "imagenet", "test")
+    result = evaluate_model(network, loader, amp, data.protocol == "imagenet", "test")
     return {**result, "epoch": checkpoint["epoch"], "images": len(images)}
 
 

@@ -92,6 +92,9 @@ def test_a_retraining_compiles_what_it_launches(amp, drop_path, nothing_runs, co
         with torch.no_grad(), autocast(amp, images.device):
             network.eval()(images)
     assert configurations(launched.all) == ready
+    with counting() as launched, torch.no_grad(), autocast(amp, images.device):
+        network(images)
+    assert configurations(launched.all) == compiled_ahead(ahead.take_evaluation, network.train(), amp) < ready
 
 
 @pytest.mark.parametrize("name, device", [("reference", "cuda"), ("native", "cuda"), ("triton", "cpu")])
