@@ -68,7 +68,7 @@ def same_keys():
     """Makes the keys of Triton's cache the same in all processes, here and where the file is carried to.
 
     Compilers are told apart by their version, not by the bytes of their libraries, which are others for each Python.
-    And a function's key has the constants of those that it calls only if their keys were asked for before: that is done.
+    A function's key has the constants of those that it calls only if their keys were asked for before: that is done.
     """
     import triton
     from fpdarts.kernels import triton as package

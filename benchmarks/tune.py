@@ -122,7 +122,7 @@ def rule_of(launch) -> tuple:
 
 
 def configurations(arch: int) -> list[dict]:
-    """All that is to be compiled, found on the meta device, as aot.configurations gives it; some of it several times."""
+    """What is to be compiled, found on the meta device, as aot.configurations gives it; some of it more than once."""
     launches = distinct(aot.searched("cifar", torch.bfloat16, aot.Options(partial=(2,)))).values()
     return [aot.specialized(variant, arch) for launch, _ in launches for variant in variants(launch)]
 
