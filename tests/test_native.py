@@ -103,12 +103,15 @@ def test_a_workspace_larger_than_the_caches(n, channels, size):
         assert error < 1e-3, f"{name} is off by {error:.1e}"  # a tie of a few pixels is allowed
 
 
-@pytest.mark.parametrize("c, more", [(5, 1), (8, 1), (8, 2)])
-def test_a_stage_larger_than_the_caches(c, more):
-    images = 2**20 // (4 * c * 32 * 32) + more  # two of 8 channels share vectors, where their number is even
-    assert images * 4 * c * 32 * 32 > 1 << 20  # KEPT in parts.h
-    x = torch.randn(images, 2 * c, 32, 32).contiguous(memory_format=torch.channels_last)[:, c:]
-    weights = torch.randn(4, 3, 3, c), torch.randn(4, c, c)
+@pytest.mark.parametrize(
+    "c, edges, odd, size",
+    [(5, 4, 1, 32), (8, 4, 1, 32), (8, 4, 0, 32), (8, 3, 0, 32), (8, 1, 0, 32), (16, 3, 1, 15), (24, 1, 1, 7)],
+)
+def test_a_stage_larger_than_the_caches(c, edges, odd, size):
+    images = 2**20 // (edges * c * size**2) + 1  # KEPT in parts.h
+    images += (images + odd) % 2  # two of 8 channels share vectors, where their number is even
+    x = torch.randn(images, 2 * c, size, size).contiguous(memory_format=torch.channels_last)[:, c:]
+    weights = torch.randn(edges, 3, 3, c), torch.randn(edges, c, c)
     expected, actual = (kernels.stage(x, *weights, kernels=name) for name in ("reference", "native"))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

@@ -87,19 +87,15 @@ template <int V> class Backward : public Gradients<V> {
                const float* raw, int images, int share) {
         const int64_t block = int64_t(d.height) * d.width * V;
         float *d_depthwise = gradients.of(share, stage.depthwise_at), *d_pointwise = gradients.of(share, stage.pointwise_at);
-        if constexpr (PACK<V> == SIDE_BY_SIDE && S == 1) {
-            if (images > 1)
-                return stage_backward<SIDE_BY_SIDE * V, K, D, S, ADD, SIDE_BY_SIDE>(
-                    buffer, t, d, stage.weights, 1, d_depthwise, d_pointwise,
-                    [&](int, int first, int count, float* to) INLINE_LAMBDA {
-                        stage.f.template draw_side_by_side<V>(g + first * V, raw + first * V, block, count, to);
-                    });
-        }
-        stage_backward<V, K, D, S, ADD>(
-            buffer, t, d, stage.weights, l.blocks, d_depthwise, d_pointwise,
-            [&](int b, int first, int count, float* to) INLINE_LAMBDA {
-                stage.f.template draw<V>(b, g + b * block + first * V, raw + b * block + first * V, count, to);
-            });
+        with_images<V, S>(images, l.blocks, [&](auto lanes, auto together, int blocks) {
+            stage_backward<lanes, K, D, S, ADD, together>(
+                buffer, t, d, stage.weights, blocks, d_depthwise, d_pointwise,
+                [&](int b, int first, int count, float* to) INLINE_LAMBDA {
+                    const int64_t at = b * block + first * V;
+                    if constexpr (together > 1) stage.f.template draw_side_by_side<V>(g + at, raw + at, block, count, to);
+                    else stage.f.template draw<V>(b, g + at, raw + at, count, to);
+                });
+        });
     }
 
     void second_stages(int source) {
@@ -128,7 +124,8 @@ template <int V> class Backward : public Gradients<V> {
         for (int b = 0; b < l.blocks; b++) {
             Vec<V> sum{}, product{};
             const int64_t map = int64_t(b) * t.height * t.width * V, wide = int64_t(b) * t.height * padded(t.width) * V;
-            pass_tile<V>(images, buffer.tile + int64_t(b) * t.pixels() * V, t, buffer.d_map + wide, out + map, sum, product);
+            pass_tile<V>(images, buffer.tile + int64_t(b) * t.pixels() * V, t, buffer.d_map + wide, out + map,
+                         l.past_caches(), sum, product);
             between_sums.template add<V>(share, row, b, sum);
             between_sums.template add<V>(share, l.rows + row, b, product);
         }

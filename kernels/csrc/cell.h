@@ -34,8 +34,6 @@ struct Shape {
     int64_t images, height, width, channels, partial, nodes, reduction, factorized, wide[2], operations;
 };
 
-inline int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 // Lanes of a cell: the widest that pad c no further than 8 lanes would.
 inline int lanes_for(int c) { return WIDEST == 16 && divide_up(c, 16) * 2 == divide_up(c, 8) ? 16 : 8; }
 

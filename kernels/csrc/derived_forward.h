@@ -89,10 +89,10 @@ template <int V> class DerivedForward : public Derived<V> {
 
     // One edge's stage of an image, from a tile.
     void stage(const DerivedEdge& e, int which, const float* tile, const Tile& t, const Packed& w, int image, int share,
-               const ForwardBuffers& buffer, MapSums<V>* sums) {
+               ForwardBuffers<V>& buffer, MapSums<V>* sums) {
         specialized(e.kernel, e.dilation, which ? 1 : e.stride, [&](auto k, auto d, auto s) {
-            stage_forward<V, k, d, s>(tile, t, w.get(), l.blocks, this->raw(e.row[which], image),
-                                      Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);
+            stage_forward<V, k, d, s>(tile, t, w.get(), l.blocks, this->raw(e.row[which], image), buffer,
+                                      training ? sums : nullptr);
         });
         if (training) merge(share, e.row[which], sums, l.out_pixels);
     }
@@ -117,9 +117,9 @@ template <int V> class DerivedForward : public Derived<V> {
             const NodeBuffers node_buffer(l);
             const DenseBuffers<V> products(skip);
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(l.out_size[1], l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(l.out_size[1], l.blocks, l.past_caches());
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, node_buffer, products, tile, buffer, sums](int image, int share) {
+            return [&, node_buffer, products, tile, buffer, sums](int image, int share) mutable {
                 if (state >= 2) node(state, image, node_buffer);
                 const float* map = this->state(state, image);
                 if (!convolutions.empty()) fill_tile<V>(tile, t, l.blocks, map, this->reading(state));
@@ -151,9 +151,9 @@ template <int V> class DerivedForward : public Derived<V> {
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
         for_images(l.n, threads, [&] {
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(t.width, l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(t.width, l.blocks, l.past_caches());
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
-            return [&, tile, buffer, sums](int image, int share) {
+            return [&, tile, buffer, sums](int image, int share) mutable {
                 for (size_t i = 0; i < edges.size(); i++) {
                     const int before = edges[i]->row[0];
                     fill_tile<V>(tile, t, l.blocks, this->raw(before, image), this->normalization(before));

@@ -27,8 +27,8 @@ template <int V> class Forward : public Engine<V> {
         }
         const Sum sum = node_sum(l.nodes - 1);
         for_images(l.n, threads, [&] {
-            float* parts = arena().take(l.slices * NODE_CHUNK * V);
-            return [&, parts](int image, int) { node(l.nodes - 1, sum, image, parts); };
+            const NodeBuffers buffer(l);
+            return [&, buffer](int image, int) { node(l.nodes - 1, sum, image, buffer); };
         });
     }
 
@@ -92,13 +92,15 @@ template <int V> class Forward : public Engine<V> {
             merge(share, row + column / l.blocks, column % l.blocks, buffer.sums[column], map);
     }
 
-    // Of one edge, and of the images from `image` on that are taken together: then of one block, one behind the other.
+    // Of one edge, and of the images from `image` on that are taken together: one behind the other.
     template <int K, int D, int S>
     void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int images, int share,
-               const ForwardBuffers& buffer, MapSums<V>* sums) {
+               ForwardBuffers<V>& buffer, MapSums<V>* sums) {
         const int map = l.out_pixels;
-        stages_forward<V, K, D, S>(images, tile, t, w, l.blocks, a.work + l.raw(row) + l.image(image, map),
-                                   Steps::in_blocks<V>(l.out_size[0], l.out_size[1]), buffer, training ? sums : nullptr);
+        with_images<V, S>(images, l.blocks, [&](auto lanes, auto together, int blocks) {
+            stage_forward<lanes, K, D, S, together>(tile, t, w, blocks, a.work + l.raw(row) + l.image(image, map), buffer,
+                                                    training ? sums : nullptr);
+        });
         if (!training) return;
         for (int b = 0; b < images * l.blocks; b++) merge(share, row, b % l.blocks, sums[b], map);
     }
@@ -120,17 +122,17 @@ template <int V> class Forward : public Engine<V> {
         const int images = this->together(stride);
 
         for_images(l.n / images, threads, [&] {
-            float* parts = arena().take(l.slices * NODE_CHUNK * V);
+            const NodeBuffers node_buffer(l);
             float* tile = arena().take(images * l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(l.out_size[1], images * l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(l.out_size[1], images * l.blocks, l.past_caches());
             const DenseBuffers<V> products(skip);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
-            return [&, parts, tile, pooled, buffer, products, sums](int group, int share) {
+            return [&, node_buffer, tile, pooled, buffer, products, sums](int group, int share) mutable {
                 const int image = group * images;  // the first one
                 for (int i = image; i < image + images; i++) {
                     if (source < 2) normalize_input(source, i);
-                    else node(source - 2, sum, i, parts);
+                    else node(source - 2, sum, i, node_buffer);
                 }
                 for (int slice = 0; slice < l.slices; slice++) {
                     const float* map = a.work + l.state(source, slice) + l.image(image, height * width);
@@ -220,9 +222,9 @@ template <int V> class Forward : public Engine<V> {
         const int images = this->together(1);
         for_images(l.n / images, threads, [&] {
             float* tile = arena().take(images * l.blocks * t.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(t.width, images * l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(t.width, images * l.blocks, l.past_caches());
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
-            return [&, tile, buffer, sums](int group, int share) {
+            return [&, tile, buffer, sums](int group, int share) mutable {
                 const int image = group * images;  // the first one
                 for (const Used& u : used)
                     for (int row : l.leaving[source]) {
@@ -246,6 +248,11 @@ template <int V> class Forward : public Engine<V> {
         std::vector<std::vector<int64_t>> planes;    // [slice]
         std::vector<std::vector<float>> factors;     // [slice][term][lanes]
         std::vector<std::vector<float>> offset;      // [slice][lanes]
+    };
+    struct NodeBuffers {
+        float *parts, *pixels;
+        explicit NodeBuffers(const Layout<V>& l)
+            : parts(arena().take(l.slices * NODE_CHUNK * V)), pixels(arena().take(NODE_CHUNK * l.shape.channels)) {}
     };
     Sum node_sum(int node) {
         Sum sum;
@@ -275,26 +282,29 @@ template <int V> class Forward : public Engine<V> {
     }
 
     // One image of a node: its channels of the output, and their slices, for the edges that leave it.
-    void node(int node, const Sum& sum, int image, float* parts) {
-        const int map = l.out_pixels, wide = l.nodes * l.shape.channels, slices = l.slices, c = l.c;
+    void node(int node, const Sum& sum, int image, const NodeBuffers& buffer) {
+        const int map = l.out_pixels, channels = l.shape.channels, wide = l.nodes * channels, slices = l.slices, c = l.c;
+        const bool past = l.past_caches() && channels % 16 == 0;  // whole lines of the output
         for (int first = 0; first < map; first += NODE_CHUNK) {
             const int count = std::min(NODE_CHUNK, map - first);
-            float* out = a.out + (int64_t(image) * map + first) * wide + node * l.shape.channels;
             for (int b = 0; b < l.blocks; b++) {
                 const int64_t at = l.image(image, map) + (int64_t(b) * map + first) * V;
-                for (int s = 0; s < l.slices; s++) add_terms(sum, s, b, at, count, parts + s * NODE_CHUNK * V);
-                for (int i = 0; i < count; i++) {
-                    float* pixel = out + int64_t(i) * wide;
-                    __builtin_prefetch(pixel + NODE_CHUNK * wide, 1);  // a line of every pixel: no pattern that is followed
-                    shuffle_pixel<V>(parts + i * V, NODE_CHUNK * V, slices, b, c, pixel);
-                }
+                for (int s = 0; s < slices; s++) add_terms(sum, s, b, at, count, buffer.parts + s * NODE_CHUNK * V);
+                for (int i = 0; i < count; i++)
+                    shuffle_pixel<V>(buffer.parts + i * V, NODE_CHUNK * V, slices, b, c, buffer.pixels + i * channels);
             }
-            if (node == l.nodes - 1) continue;
-            for (int s = 0; s < l.slices; s++)
+            float* out = a.out + (int64_t(image) * map + first) * wide + node * channels;
+            for (int i = 0; i < count; i++, out += wide) {
+                const float* pixel = buffer.pixels + i * channels;
+                if (past) copy_past<V>(out, pixel, channels);
+                else __builtin_prefetch(out + NODE_CHUNK * wide, 1), std::copy_n(pixel, channels, out);
+            }
+            for (int s = 0; s < slices && node < l.nodes - 1; s++)
                 for (int b = 0; b < l.blocks; b++) {
                     float* to = a.work + l.state(node + 2, s) + l.image(image, map) + (int64_t(b) * map + first) * V;
-                    const float* from = out + s * l.c + b * V;
-                    for (int i = 0; i < count; i++) store<V>(to + i * V, load_some<V>(from + int64_t(i) * wide, c - b * V));
+                    const float* from = buffer.pixels + s * c + b * V;
+                    for (int i = 0; i < count; i++)
+                        store<V>(to + i * V, load_some<V>(from + int64_t(i) * channels, c - b * V));
                 }
         }
     }

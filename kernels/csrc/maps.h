@@ -197,10 +197,15 @@ void pass_map(int images, const float* convolved, const float* map, int height, 
     }
 }
 
-// One block, from a tile that holds the result; and its sums: of the gradient, and of it times the result.
+// One block, from a tile that holds the result, stored past the caches or not; and its sums: of the gradient, and of it
+// times the result.
 template <int V>
-void pass_tile(int images, const float* tile, const Tile& t, const float* convolved, float* out, Vec<V>& sum,
+void pass_tile(int images, const float* tile, const Tile& t, const float* convolved, float* out, bool past, Vec<V>& sum,
                Vec<V>& product) {
+    const auto write = [=](float* p, auto v) INLINE_LAMBDA {
+        if (past) store_past<V>(p, v);
+        else store<sizeof v / sizeof *p>(p, v);
+    };
     constexpr int L = PACK<V> * V;
     const int64_t image = int64_t(t.height) * t.width * V;
     for (int y = 0; y < t.height; y++, convolved += images * padded(t.width) * V, out += t.width * V) {
@@ -217,7 +222,7 @@ void pass_tile(int images, const float* tile, const Tile& t, const float* convol
             for (int x = 0; x < t.width && images > 1; x += 2) {
                 Vec<L> one = passed(x * L, Constant<L>{}), other = passed((x + 1) * L, Constant<L>{});
                 separate<L>(one, other);
-                store<L>(out + x * V, one), store<L>(out + image + x * V, other);
+                write(out + x * V, one), write(out + image + x * V, other);
             }
             if (images > 1) {
                 sum += folded_channels<L, SIDE_BY_SIDE, L>(line_sum);
@@ -225,7 +230,7 @@ void pass_tile(int images, const float* tile, const Tile& t, const float* convol
                 continue;
             }
         }
-        over_pixels<V>(t.width, [&](int x, auto lanes) { store<lanes>(out + x * V, passed(x * V, lanes)); });
+        over_pixels<V>(t.width, [&](int x, auto lanes) { write(out + x * V, passed(x * V, lanes)); });
         sum += folded<V, L>(line_sum), product += folded<V, L>(line_product);
     }
 }

@@ -6,6 +6,7 @@
 
 namespace FPDARTS_ISA {
 
+constexpr int BAND = 4096;         // floats of a part's band of results
 constexpr int64_t KEPT = 1 << 20;  // floats of a result from which on second caches would not keep it anyway
 
 template <int V> class Parts {
@@ -27,29 +28,39 @@ template <int V> class Parts {
         const auto weights = stage_weights(false);
         // an odd size at stride 2 is computed as the even one above it: the padding is zero anyway
         const Tile t = stage_tile(), d = out_tile();
+        const int wide = edges * c, inputs = a.own ? edges : 1, planes = edges * blocks;
+        // of so few rows that two bands stay in the first cache
+        const int tall = std::min(rows_together(d.width), std::max(2, BAND / (together * d.width * wide)));
+        const int each_plane = tall * d.width * V;
+        const int64_t each = int64_t(out_pixels) * wide, each_tile = int64_t(together) * blocks * t.pixels() * V;
+        const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
         for_images(n / together, threads, [&] {
-            float* tile = arena().take(together * blocks * t.pixels() * V);
-            const auto buffer = ForwardBuffers::take<V>(d.width, together * blocks, false);
-            float* out = arena().take(blocks * d.height * d.width * V);
-            const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
-            const int64_t each = int64_t(out_pixels) * edges * c;
-            const bool past = n * each >= KEPT && each % V == 0;
-            float* made = past ? arena().take(together * each) : nullptr;
-            return [&, tile, buffer, out, whole, each, made](int group, int) {
+            float* tiles = arena().take(inputs * each_tile);
+            ForwardBuffers<V> buffer(d.width, together * blocks, true, int64_t(together) * planes * each_plane);
+            return [&, tiles, buffer](int group, int) mutable {
                 const int image = group * together;  // the first one
-                float* of_image = made ? made : a.out + image * each;
-                for (int e = 0; e < edges; e++) {
-                    if (e == 0 || a.own) fill(tile, t, image, e);
-                    float* to = whole ? of_image + e * c : out;
-                    const Steps steps = whole ? Steps{edges * c, long(d.width) * edges * c, together > 1 ? each : V}
-                                              : Steps::in_blocks<V>(d.height, d.width);
-                    specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
-                        stages_forward<V, k, dilation, s>(together, tile, t, weights.of(e), blocks, to, steps, buffer,
-                                                          nullptr);
-                    });
-                    if (!whole) scatter(of_image, edges * c, e * c, 0, out_pixels, out);
+                for (int i = 0; i < inputs; i++) fill(tiles + i * each_tile, t, image, i);
+                for (int first = 0; first < d.height; first += tall) {
+                    const int rows = std::min(tall, d.height - first), pixels = rows * d.width;
+                    float *made = buffer.next(), *to = a.out + image * each + int64_t(first) * d.width * wide;
+                    for (int e = 0; e < edges; e++)
+                        specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
+                            with_images<V, s>(together, blocks, [&](auto lanes, auto images, int count) {
+                                const int64_t block = images == 1 ? each_plane : int64_t(planes) * each_plane;
+                                stage_band<lanes, k, dilation, s, images>(
+                                    tiles + e % inputs * each_tile, t, weights.of(e), count, first, rows, buffer.seen,
+                                    made + int64_t(e) * blocks * each_plane, block,
+                                    [&]() INLINE_LAMBDA { buffer.leaving.some(); });
+                            });
+                        });
+                    if (whole)
+                        buffer.leaving.begin({made, int64_t(planes) * each_plane, each_plane, to, each, together, planes,
+                                              pixels, n * each >= KEPT},
+                                             edges * parts_of_band(blocks, rows));
+                    else
+                        for (int e = 0; e < edges; e++)
+                            scatter(to, wide, e * c, 0, pixels, made + int64_t(e) * blocks * each_plane, each_plane);
                 }
-                if (made) copy_past<V>(a.out + image * each, made, together * each);
             };
         });
     }
@@ -57,6 +68,7 @@ template <int V> class Parts {
     void stage_gradient() {
         const auto weights = stage_weights(true);
         const Tile t = stage_tile(), d = out_tile();
+        const int64_t each_out = int64_t(out_pixels) * edges * c;
         const int64_t each = int64_t(a.kernel * a.kernel + lanes) * lanes, taps = int64_t(a.kernel) * a.kernel * lanes;
         WeightSums gradients(threads, a.d_depthwise ? edges * each : 0);
         for_images(n / together, threads, [&] {
@@ -67,29 +79,22 @@ template <int V> class Parts {
                 for (int e = 0; e < edges; e++) {
                     const bool fresh = e == 0 || a.own;
                     if (fresh) fill(buffer.tile, t, image, e), std::fill_n(buffer.d_map, map, 0.0f);
-                    const float* d_out = a.d_out + int64_t(image) * out_pixels * edges * c + e * c;
+                    const float* d_out = a.d_out + image * each_out + e * c;
                     float* own = gradients.of(share, e * each);
                     float* d_pointwise = own ? own + taps : nullptr;
                     specialized(a.kernel, a.dilation, stride, [&](auto k, auto dilation, auto s) {
-                        if constexpr (PACK<V> == SIDE_BY_SIDE && s == 1) {
-                            if (together > 1)
-                                return stage_backward<SIDE_BY_SIDE * V, k, dilation, s, true, SIDE_BY_SIDE>(
-                                    buffer, t, d, weights.of(e), 1, own, d_pointwise,
-                                    [&](int, int first, int count, float* to) {
-                                        for (int i = 0; i < count; i++) {
-                                            const float* from = d_out + int64_t(first + i) * edges * c;
-                                            store_side_by_side<V>(to + i * SIDE_BY_SIDE * V, load<V>(from),
-                                                                  load<V>(from + int64_t(out_pixels) * edges * c));
-                                        }
-                                    });
-                        }
-                        stage_backward<V, k, dilation, s, true>(
-                            buffer, t, d, weights.of(e), blocks, own, d_pointwise,
-                            [&](int b, int first, int count, float* to) {
-                                for (int i = 0; i < count; i++)
-                                    store<V>(to + i * V,
-                                             load_some<V>(d_out + int64_t(first + i) * edges * c + b * V, c - b * V));
-                            });
+                        with_images<V, s>(together, blocks, [&](auto lanes, auto images, int count) {
+                            stage_backward<lanes, k, dilation, s, true, images>(
+                                buffer, t, d, weights.of(e), count, own, d_pointwise,
+                                [&](int b, int first, int pixels, float* to) INLINE_LAMBDA {
+                                    const float* from = d_out + int64_t(first) * edges * c + b * V;
+                                    for (int i = 0; i < pixels; i++, from += edges * c)
+                                        if constexpr (images > 1)
+                                            store_side_by_side<V>(to + i * lanes, load<V>(from), load<V>(from + each_out));
+                                        else
+                                            store<V>(to + i * V, load_some<V>(from, c - b * V));
+                                });
+                        });
                     });
                     if (a.d_x && (a.own || e == edges - 1)) write_input_gradient(buffer, t, image, e);
                 }
@@ -266,11 +271,11 @@ template <int V> class Parts {
         for (int i = 0; i < map; i++, from += wide)
             for (int b = 0; b < blocks; b++) store<V>(to + (int64_t(b) * map + i) * V, load_some<V>(from + b * V, c - b * V));
     }
-    void scatter(float* to, int wide, int offset, int image, int map, const float* from) const {
+    void scatter(float* to, int wide, int offset, int image, int map, const float* from, int64_t block = 0) const {
         to += int64_t(image) * map * wide + offset;
         for (int i = 0; i < map; i++, to += wide)
             for (int b = 0; b < blocks; b++)
-                store_some<V>(to + b * V, load<V>(from + (int64_t(b) * map + i) * V), c - b * V);
+                store_some<V>(to + b * V, load<V>(from + b * (block ? block : int64_t(map) * V) + i * V), c - b * V);
     }
 };
 

@@ -49,12 +49,6 @@ template <class F> void specialized(int kernel, int dilation, int stride, F&& f)
     else chosen(Constant<5>{}, Constant<2>{});
 }
 
-// Floats from pixel to pixel, row to row and block to block of a result.
-struct Steps {
-    long pixel, row, block;
-    template <int V> static Steps in_blocks(int height, int width) { return {V, width * V, long(height) * width * V}; }
-};
-
 // How many images a stage takes at once: two of one block of 8 channels fill vectors of 16 lanes, and where there are no
 // fewer pairs than threads none is idle.
 template <int V> int images_together(int images, int threads, int blocks, int stride, int width) {
@@ -67,74 +61,141 @@ template <int V> int images_together(int images, int threads, int blocks, int st
 inline int rows_together(int width) { return std::max(1, 2 * CHUNK / padded(width)); }
 inline int pixels_together(int width) { return rows_together(width) * padded(width); }
 
-// Scratch memory of a thread for forward: of rows_together rows, the depthwise result and, where results are written
-// past the caches, the pointwise one.
-struct ForwardBuffers {
-    float *seen, *made = nullptr;
+// A band of results on its way to where they belong, a part at a time while the next band is computed: stores past the
+// caches that come all at once wait for memory, and the multiply-adds behind them wait for the stores.
+template <int V> class Leaving {
+   public:
+    // Runs (of images or blocks) of as many pixels, and in each as many planes, which become channels side by side.
+    struct Band {
+        const float* from;
+        int64_t from_run, from_plane;
+        float* to;
+        int64_t to_run;
+        int runs, planes, pixels;
+        bool past;  // the caches
+    };
+    ~Leaving() { rest(); }
+    // parts: in how many calls of `some` it shall be gone.
+    void begin(const Band& next, int parts) {
+        rest();
+        band = next, at = 0;
+        part = divide_up(next.pixels * next.runs, parts * PACK<V>) * PACK<V>;
+    }
+    INLINE void some() {
+        if (band.runs) copy(part);
+    }
 
-    template <int V> static ForwardBuffers take(int width, int blocks, bool past) {
-        ForwardBuffers buffer;
-        buffer.seen = arena().take(blocks * pixels_together(width) * V);
-        if (past) buffer.made = arena().take(blocks * pixels_together(width) * V);
-        return buffer;
+   private:
+    Band band{};
+    int part = 0, at = 0;
+
+    void rest() {
+        while (band.runs) copy(band.pixels);
+    }
+    INLINE void copy(int most) {
+        const int count = std::min(most, band.pixels - at), planes = band.planes;
+        float* to = band.to + int64_t(at) * planes * V;
+        const float* from = band.from + int64_t(at) * V;
+        if (planes == 1 && band.past)
+            copy_past<V>(to, from, int64_t(count) * V);
+        else if (band.past)
+            weave(from, to, count, [](float* p, auto v) INLINE_LAMBDA { store_past<sizeof v / sizeof *p>(p, v); });
+        else
+            weave(from, to, count, [](float* p, auto v) INLINE_LAMBDA { store<sizeof v / sizeof *p>(p, v); });
+        if ((at += count) < band.pixels) return;
+        at = 0, band.from += band.from_run, band.to += band.to_run, band.runs--;
+    }
+    template <class Store> INLINE void weave(const float* from, float* to, int count, Store&& store) {
+        const int planes = band.planes;
+        for (int i = 0; i < count; i++, from += V) {
+            int p = 0;
+            if constexpr (PACK<V> == 2) {  // as far as all of them begin where a vector may
+                for (; planes % 2 == 0 && p < planes; p += 2, to += 2 * V)
+                    store(to, joined<V>(load<V>(from + p * band.from_plane), load<V>(from + (p + 1) * band.from_plane)));
+            }
+            for (; p < planes; p++, to += V) store(to, load<V>(from + p * band.from_plane));
+        }
     }
 };
 
-// sums: a block each, of a result in blocks, or null where none are needed. A result past the caches is in blocks. Of N
-// images side by side the result is a block of V / N channels for each.
-template <int V, int K, int D, int S, int N = 1>
-void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out, const Steps& steps,
-                   const ForwardBuffers& buffer, MapSums<V / N>* sums) {
-    constexpr int C = V / N;
-    const int height = t.height / S, width = t.width / S, wide = padded(width), lanes = blocks * V;
+// Of a thread, for forward: room for the depthwise result of rows_together rows, and, where results are written past the
+// caches, for two bands of them: that which is computed, and the one before it, which is leaving.
+template <int V> struct ForwardBuffers {
+    float *seen, *made[2] = {};
+    int turn = 0;
+    Leaving<V> leaving;
+
+    // band: floats of a band of results.
+    ForwardBuffers(int width, int blocks, bool past, int64_t band) : seen(arena().take(blocks * pixels_together(width) * V)) {
+        for (int i = 0; i < 2 && past; i++) made[i] = arena().take(band);
+    }
+    ForwardBuffers(int width, int blocks, bool past)
+        : ForwardBuffers(width, blocks, past, int64_t(blocks) * pixels_together(width) * V) {}
+    float* next() { return made[turn ^= 1]; }
+};
+// Calls of `some` during a band.
+inline int parts_of_band(int blocks, int rows) { return blocks * divide_up(rows, 2) + rows; }
+
+// Rows of a result, from row `first` on, to `made`, its blocks `block` apart. between() is called after each part of the
+// work. Of N images side by side the result is a block of V / N channels for each.
+template <int V, int K, int D, int S, int N, class Between>
+void stage_band(const float* tile, const Tile& t, StageWeights w, int blocks, int first, int rows, float* seen,
+                float* made, int64_t block, Between&& between) {
+    constexpr int C = V / N, R = S == 1 ? 2 * D : 2;
+    const int width = t.width / S, wide = padded(width), lanes = blocks * V;
     const int64_t seen_block = int64_t(pixels_together(width)) * V;
-    for (int first = 0; first < height; first += rows_together(width)) {
-        const int rows = std::min(rows_together(width), height - first);
-        for (int b = 0; b < blocks; b++)
+    for (int b = 0; b < blocks; b++)
+        for (int y = 0; y < rows; y += R) {
             depthwise_rows<V, K, D, S, false, false>(
-                tile + (int64_t(b) * t.pixels() + t.at(first * S, D * (K / 2))) * V, long(t.pitch) * V,
-                w.depthwise + b * V * PACK<V>, lanes * PACK<V>, buffer.seen + b * seen_block, wide * V, rows, width);
-        const Steps own = buffer.made ? Steps::in_blocks<C>(rows, width) : steps;
-        float* made = buffer.made ? buffer.made : out + first * steps.row;
-        for (int y = 0; y < rows; y++) {
-            float* row = made + y * own.row;
-            const auto product = [&](auto&& take) INLINE_LAMBDA {
-                pointwise_rows<V, N>(buffer.seen + y * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks,
-                                     width, take);
-            };
-            if constexpr (N == 1)
-                product([=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(row + o * own.block + x * own.pixel, v); });
-            else if (own.pixel == C)
-                product([=](int x, int, Vec<V> a, Vec<V> b) INLINE_LAMBDA {
-                    separate<V>(a, b);
-                    store<V>(row + x * C, a), store<V>(row + own.block + x * C, b);
-                });
-            else
-                product([=](int x, int, Vec<V> v) INLINE_LAMBDA {
-                    Vec<V> other = v;
-                    separate<V>(v, other);
-                    store<C>(row + x * own.pixel, lanes_of<C, 0, V>(v));
-                    store<C>(row + own.block + x * own.pixel, lanes_of<C, 0, V>(other));
-                });
+                tile + (int64_t(b) * t.pixels() + t.at((first + y) * S, D * (K / 2))) * V, long(t.pitch) * V,
+                w.depthwise + b * V * PACK<V>, lanes * PACK<V>, seen + b * seen_block + y * wide * V, wide * V,
+                std::min(R, rows - y), width);
+            between();
         }
-        for (int b = 0; b < N * blocks && sums; b++) {
-            if (first == 0) sums[b].begin(load<C>(made + b * own.block));
-            sums[b].add(made + b * own.block, rows * width);
-        }
-        for (int b = 0; b < N * blocks && buffer.made; b++)
-            copy_past<C>(out + first * steps.row + b * steps.block, buffer.made + b * own.block, own.block);
+    for (int y = 0; y < rows; y++) {
+        float* row = made + y * width * C;
+        const auto product = [&](auto&& take) INLINE_LAMBDA {
+            pointwise_rows<V, N>(seen + y * wide * V, seen_block, V, blocks, w.pointwise, lanes * V, blocks, width, take);
+        };
+        if constexpr (N == 1)
+            product([=](int x, int o, Vec<V> v) INLINE_LAMBDA { store<V>(row + o * block + x * V, v); });
+        else
+            product([=](int x, int, Vec<V> a, Vec<V> b) INLINE_LAMBDA {
+                separate<V>(a, b);
+                store<V>(row + x * C, a), store<V>(row + block + x * C, b);
+            });
+        between();
     }
 }
 
-// The same of as many images as are taken together: those side by side have one block.
-template <int V, int K, int D, int S>
-void stages_forward(int images, const float* tile, const Tile& t, StageWeights w, int blocks, float* out,
-                    const Steps& steps, const ForwardBuffers& buffer, MapSums<V>* sums) {
-    if constexpr (PACK<V> == SIDE_BY_SIDE && S == 1) {
-        if (images > 1)
-            return stage_forward<SIDE_BY_SIDE * V, K, D, S, SIDE_BY_SIDE>(tile, t, w, 1, out, steps, buffer, sums);
+// A whole result, in blocks. sums: a block each, or null where none are needed.
+template <int V, int K, int D, int S, int N = 1>
+void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out,
+                   ForwardBuffers<V / N>& buffer, MapSums<V / N>* sums) {
+    constexpr int C = V / N;
+    const int height = t.height / S, width = t.width / S, together = rows_together(width);
+    for (int first = 0; first < height; first += together) {
+        const int rows = std::min(together, height - first);
+        float *here = out + first * width * C, *past = buffer.next(), *made = past ? past : here;
+        const int64_t whole = int64_t(height) * width * C, block = past ? rows * width * C : whole;
+        stage_band<V, K, D, S, N>(tile, t, w, blocks, first, rows, buffer.seen, made, block,
+                                  [&]() INLINE_LAMBDA { buffer.leaving.some(); });
+        for (int b = 0; b < N * blocks && sums; b++) {
+            if (first == 0) sums[b].begin(load<C>(made + b * block));
+            sums[b].add(made + b * block, rows * width);
+        }
+        if (past)
+            buffer.leaving.begin({made, block, 0, here, whole, N * blocks, 1, rows * width, true},
+                                 parts_of_band(blocks, rows));
     }
-    stage_forward<V, K, D, S>(tile, t, w, blocks, out, steps, buffer, sums);
+}
+
+// f of a vector's lanes and of how many images they hold, as constants; images that are taken together have one block.
+template <int V, int S, class F> INLINE void with_images(int images, int blocks, F&& f) {
+    if constexpr (PACK<V> == SIDE_BY_SIDE && S == 1) {
+        if (images > 1) return f(Constant<SIDE_BY_SIDE * V>{}, Constant<SIDE_BY_SIDE>{}, 1);
+    }
+    f(Constant<V>{}, Constant<1>{}, blocks);
 }
 
 // Scratch memory of a thread for backward. d_tile: gradient of the depthwise result, with a margin of zeros.

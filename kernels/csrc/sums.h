@@ -52,10 +52,12 @@ template <class F> void for_images(int images, int threads, F&& f) {
         share = omp_get_thread_num();
 #endif
         arena().reset();
-        auto work = f();
-        bool first = true;
-        for (int image; (image = shares.take(share, first)) >= 0; first = false) work(image, share);
-        _mm_sfence();  // of what was stored past the caches
+        {
+            auto work = f();
+            bool first = true;
+            for (int image; (image = shares.take(share, first)) >= 0; first = false) work(image, share);
+        }
+        _mm_sfence();  // of what was stored past the caches, up to the end of `work`
     }
 }
 

@@ -117,6 +117,23 @@ template <int V, int FIRST, int L> INLINE Vec<V> lanes_of(Vec<L> v) {
     return lanes_of<V, FIRST, L>(v, std::make_index_sequence<V>());
 }
 
+// Of pixels side by side, which begin where one of them may.
+template <int V> INLINE void store_past(float* p, Vec<2 * V> v) {
+    store_past<V>(p, lanes_of<V, 0, 2 * V>(v)), store_past<V>(p + V, lanes_of<V, V, 2 * V>(v));
+}
+
+template <int V, size_t... I> INLINE Vec<2 * V> joined(Vec<V> a, Vec<V> b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, int(I)...);
+#else
+    return Vec<2 * V>{(I < V ? a[I % V] : b[I % V])...};
+#endif
+}
+// The lanes of a, then those of b.
+template <int V> INLINE Vec<2 * V> joined(Vec<V> a, Vec<V> b) {
+    return joined<V>(a, b, std::make_index_sequence<2 * V>());
+}
+
 // The sum of a vector's pixels.
 template <int V, int L> INLINE Vec<V> folded(Vec<L> v) {
     if constexpr (L == V) {
@@ -193,6 +210,8 @@ template <int V, class F> INLINE void over_pixels(int count, F&& f) {
         for (; i < count; i++) f(i, Constant<V>{});
     }
 }
+
+inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // A run of blocks, stored past the caches; `to` is a multiple of V floats, `floats` too.
 template <int V> INLINE void copy_past(float* to, const float* from, int64_t floats) {
