@@ -88,9 +88,9 @@ def test_a_retraining_leaves_a_complete_run_directory(retrained, capsys):
     assert {"test_loss", "test_accuracy", "valid_accuracy", "parameters", "macs"} <= result.keys()
     assert result["kernels"] in kernels.BACKENDS
     assert all(line["valid_accuracy"] is not None for line in read_metrics(retrained))
-    status, out, _ = run(capsys, "evaluate", "--run", retrained, "--json")
+    status, out, err = run(capsys, "evaluate", "--run", retrained, "--json")
     evaluated = json.loads(out)
-    assert status == 0 and evaluated["images"] == 360
+    assert status == 0 and evaluated["images"] == 360 and "kernels: " in err
     assert evaluated["test_accuracy"] == result["test_accuracy"]
     status, out, _ = run(capsys, "evaluate", "--run", retrained, "--limit", "50", "--json")
     assert json.loads(out)["images"] == 50
