@@ -10,46 +10,66 @@ import sys
 from benchmarks.report import RESULTS, ROOT
 
 README = ROOT / "README.md"
+AGAINST = ("eager", "channels_last", "compile", "reference", "eager+graph")  # columns, where they were measured
 BEGIN, END = "<!-- benchmarks.table -->", "<!-- end of benchmarks.table -->"
 
 
-def _comparisons() -> list[dict]:
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return [result for result in results if "seconds" in result]
+def _comparisons() -> list[tuple[str, dict]]:
+    """(file name, what `benchmarks.compare` wrote), those of one step together."""
+    results = [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    return [(name, result) for name, result in results if "seconds" in result]
 
 
 def table() -> str:
-    """Markdown: a row a side of every comparison there is, machine by machine."""
-    lines = []
-    for result in _comparisons():
-        environment, setting = result["environment"], result["setting"]
-        machine, limit = environment["machine"], result["limit"]
-        where = machine["gpu"] or f"{limit['threads']} threads of {machine['cpu']}"
-        gates = {"both": "both paths", "step": "drawn gates"}[setting["gates"]]
-        what = f"{result['what']}, batch {setting['batch_size']}, C={setting['init_channels']}"
-        if result["what"].endswith("step"):
-            what += f", {setting['cells']} cells"
-        if result["what"] in ("search-step", "arch-step"):
-            what += f", {gates}"
-        scaling = f" ({limit['scaling']:.1f} times one thread's)" if limit["scaling"] else ""
-        lines += [
-            f"**{what}** on {where}, torch {environment['versions']['torch']}. Limits measured in the same run: "
-            f"{limit['flops_per_second'] / 1e9:.0f} GFLOP/s{scaling} and {limit['bytes_per_second'] / 1e9:.0f} GB/s; "
-            f"the nearer one, the {limit['nearer']}, allows {_seconds(limit['seconds'])}.",
-            "",
-            f"| side | time | over {result['kernels']} (range) | GFLOP/s | GB/s | share of the limit | peak memory |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+    """Markdown: a row a comparison, with what each side of today took of its time."""
+    lines = [
+        "| step | on | took | " + " | ".join(f"`{side}`" for side in AGAINST) + " | of the limit | peak memory |",
+        "| --- " * (len(AGAINST) + 5) + "|",
+    ]
+    for name, result in _comparisons():
+        ratios = {side.replace("+bf16", ""): ratio for side, ratio in result["ratio"].items()}
+        own = result["seconds"][result["kernels"]]
+        cells = [
+            f"[{_what(result)}](benchmarks/results/{name})",
+            _machine(result),
+            f"`{result['kernels']}` {_seconds(own['median'])}",
+            *(_ratio(ratios[side]) if side in ratios else "" for side in AGAINST),
+            f"{own['share_of_limit']:.0%} ({result['limit']['nearer']})",
+            _memory(result),
         ]
-        for side, seconds in result["seconds"].items():
-            ratio, memory = result["ratio"].get(side), result["peak_memory"][side]
-            times = f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "1"
-            lines.append(
-                f"| `{side}` | {_seconds(seconds['median'])} | {times} | {seconds['flops_per_second'] / 1e9:.1f} "
-                f"| {seconds['bytes_per_second'] / 1e9:.1f} | {seconds['share_of_limit']:.1%} "
-                f"| {f'{memory / 1e9:.2f} GB' if memory is not None else ''} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _what(result: dict) -> str:
+    setting = result["setting"]
+    parts = [result["what"], f"batch {setting['batch_size']}", f"C={setting['init_channels']}"]
+    if result["what"].endswith("step"):
+        parts.append(f"{setting['cells']} cells")
+    if result["what"] in ("search-step", "arch-step"):
+        parts.append({"both": "both paths", "step": "drawn gates"}[setting["gates"]])
+    return ", ".join(parts)
+
+
+def _machine(result: dict) -> str:
+    machine, limit = result["environment"]["machine"], result["limit"]
+    where = machine["gpu"] or f"{limit['threads']} threads of {machine['cpu']}"
+    speed = f"{limit['flops_per_second'] / 1e9:,.0f} GFLOP/s, {limit['bytes_per_second'] / 1e9:,.0f} GB/s"
+    return f"{where} ({speed}), torch {result['environment']['versions']['torch']}"
+
+
+def _ratio(ratio: dict) -> str:
+    return f"{ratio['median']:.1f}x ({ratio['low']:.1f} to {ratio['high']:.1f})"
+
+
+def _memory(result: dict) -> str:
+    """In GB and as a share of what `eager` needs in the same precision."""
+    memory, kernels = result["peak_memory"], result["kernels"]
+    eager = memory.get("eager+bf16" if "bf16" in kernels else "eager")
+    own = memory.get(kernels)
+    if own is None:
+        return ""
+    return f"{own / 1e9:.2f} GB" + (f", {own / eager:.0%} of `eager`" if eager else "")
 
 
 def _seconds(value: float) -> str:

@@ -117,7 +117,7 @@ template <int V> class DerivedForward : public Derived<V> {
             const NodeBuffers node_buffer(l);
             const DenseBuffers<V> products(skip);
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            ForwardBuffers<V> buffer(l.out_size[1], l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(l.out_size[1], l.blocks, l.past_caches() ? l.blocks : 0);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
             return [&, node_buffer, products, tile, buffer, sums](int image, int share) mutable {
                 if (state >= 2) node(state, image, node_buffer);
@@ -151,7 +151,7 @@ template <int V> class DerivedForward : public Derived<V> {
         const Tile t(l.out_size[0], l.out_size[1], MARGIN, 1);
         for_images(l.n, threads, [&] {
             float* tile = arena().take(l.blocks * t.pixels() * V);
-            ForwardBuffers<V> buffer(t.width, l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(t.width, l.blocks, l.past_caches() ? l.blocks : 0);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
             return [&, tile, buffer, sums](int image, int share) mutable {
                 for (size_t i = 0; i < edges.size(); i++) {

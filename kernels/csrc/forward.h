@@ -125,7 +125,7 @@ template <int V> class Forward : public Engine<V> {
             const NodeBuffers node_buffer(l);
             float* tile = arena().take(images * l.blocks * t.pixels() * V);
             float* pooled = arena().take(around.pixels() * V);
-            ForwardBuffers<V> buffer(l.out_size[1], images * l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(l.out_size[1], images * l.blocks, l.past_caches() ? images * l.blocks : 0);
             const DenseBuffers<V> products(skip);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
             return [&, node_buffer, tile, pooled, buffer, products, sums](int group, int share) mutable {
@@ -222,7 +222,7 @@ template <int V> class Forward : public Engine<V> {
         const int images = this->together(1);
         for_images(l.n / images, threads, [&] {
             float* tile = arena().take(images * l.blocks * t.pixels() * V);
-            ForwardBuffers<V> buffer(t.width, images * l.blocks, l.past_caches());
+            ForwardBuffers<V> buffer(t.width, images * l.blocks, l.past_caches() ? images * l.blocks : 0);
             MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
             return [&, tile, buffer, sums](int group, int share) mutable {
                 const int image = group * images;  // the first one

@@ -36,7 +36,7 @@ template <int V> class Parts {
         const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
         for_images(n / together, threads, [&] {
             float* tiles = arena().take(inputs * each_tile);
-            ForwardBuffers<V> buffer(d.width, together * blocks, true, int64_t(together) * planes * each_plane);
+            ForwardBuffers<V> buffer(d.width, together * blocks, together * planes);
             return [&, tiles, buffer](int group, int) mutable {
                 const int image = group * together;  // the first one
                 for (int i = 0; i < inputs; i++) fill(tiles + i * each_tile, t, image, i);
@@ -56,10 +56,10 @@ template <int V> class Parts {
                     if (whole)
                         buffer.leaving.begin({made, int64_t(planes) * each_plane, each_plane, to, each, together, planes,
                                               pixels, n * each >= KEPT},
-                                             edges * parts_of_band(blocks, rows));
+                                             edges * parts_of_band(blocks, rows, a.dilation, stride));
                     else
                         for (int e = 0; e < edges; e++)
-                            scatter(to, wide, e * c, 0, pixels, made + int64_t(e) * blocks * each_plane, each_plane);
+                            scatter(to + e * c, wide, pixels, made + int64_t(e) * blocks * each_plane, each_plane);
                 }
             };
         });
@@ -117,9 +117,9 @@ template <int V> class Parts {
             float *tile = arena().take(t.pixels() * V), *map = arena().take(blocks * pixels * V);
             float* out = arena().take(blocks * out_pixels * V);
             return [&, tile, map, out](int image, int) {
-                gather(a.x, a.step, 0, image, pixels, map);
+                gather(a.x + int64_t(image) * pixels * a.step, a.step, pixels, map);
                 for (int b = 0; b < blocks; b++) pool(tile, t, map, b, out);
-                scatter(a.out, c, 0, image, out_pixels, out);
+                scatter(a.out + int64_t(image) * out_pixels * c, c, out_pixels, out, out_pixels * V);
             };
         });
     }
@@ -131,8 +131,8 @@ template <int V> class Parts {
             float *map = arena().take(blocks * pixels * V), *d_out = arena().take(blocks * out_pixels * V);
             float* out = arena().take(blocks * out_pixels * V);
             return [&, tile, d_tile, map, d_out, out](int image, int) {
-                gather(a.x, a.step, 0, image, pixels, map);
-                gather(a.d_out, c, 0, image, out_pixels, d_out);
+                gather(a.x + int64_t(image) * pixels * a.step, a.step, pixels, map);
+                gather(a.d_out + int64_t(image) * out_pixels * c, c, out_pixels, d_out);
                 for (int b = 0; b < blocks; b++) {
                     pool(tile, t, map, b, out);
                     std::fill_n(d_tile, t.pixels() * V, 0.0f);
@@ -142,7 +142,7 @@ template <int V> class Parts {
                     for (int y = 0; y < t.height; y++)
                         std::copy_n(d_tile + t.at(y, 0) * V, t.width * V, map + (b * pixels + y * t.width) * V);
                 }
-                scatter(a.d_x, c, 0, image, pixels, map);
+                scatter(a.d_x + int64_t(image) * pixels * c, c, pixels, map, pixels * V);
             };
         });
     }
@@ -265,17 +265,14 @@ template <int V> class Parts {
         else pool_map<V, false>(tile, t, stride, out + b * out_pixels * V);
     }
 
-    // c channels from `offset` on of an image's pixels of `wide` channels, into blocks, and back.
-    void gather(const float* from, int wide, int offset, int image, int map, float* to) const {
-        from += int64_t(image) * map * wide + offset;
+    // c channels of pixels that are `wide` apart, into blocks, and back from blocks that are `block` apart.
+    void gather(const float* from, int wide, int map, float* to) const {
         for (int i = 0; i < map; i++, from += wide)
             for (int b = 0; b < blocks; b++) store<V>(to + (int64_t(b) * map + i) * V, load_some<V>(from + b * V, c - b * V));
     }
-    void scatter(float* to, int wide, int offset, int image, int map, const float* from, int64_t block = 0) const {
-        to += int64_t(image) * map * wide + offset;
+    void scatter(float* to, int wide, int map, const float* from, int64_t block) const {
         for (int i = 0; i < map; i++, to += wide)
-            for (int b = 0; b < blocks; b++)
-                store_some<V>(to + b * V, load<V>(from + b * (block ? block : int64_t(map) * V) + i * V), c - b * V);
+            for (int b = 0; b < blocks; b++) store_some<V>(to + b * V, load<V>(from + b * block + i * V), c - b * V);
     }
 };
 

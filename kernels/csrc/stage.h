@@ -125,23 +125,26 @@ template <int V> struct ForwardBuffers {
     int turn = 0;
     Leaving<V> leaving;
 
-    // band: floats of a band of results.
-    ForwardBuffers(int width, int blocks, bool past, int64_t band) : seen(arena().take(blocks * pixels_together(width) * V)) {
-        for (int i = 0; i < 2 && past; i++) made[i] = arena().take(band);
+    // planes: of a band of results that goes past the caches; 0 where none does.
+    ForwardBuffers(int width, int blocks, int planes) : seen(arena().take(blocks * pixels_together(width) * V)) {
+        for (int i = 0; i < 2 && planes; i++) made[i] = arena().take(planes * pixels_together(width) * V);
     }
-    ForwardBuffers(int width, int blocks, bool past)
-        : ForwardBuffers(width, blocks, past, int64_t(blocks) * pixels_together(width) * V) {}
     float* next() { return made[turn ^= 1]; }
 };
-// Calls of `some` during a band.
-inline int parts_of_band(int blocks, int rows) { return blocks * divide_up(rows, 2) + rows; }
+
+// Rows of depthwise outputs that share what they load.
+constexpr int rows_at_once(int dilation, int stride) { return stride == 1 ? 2 * dilation : 2; }
+// Into how many parts stage_band cuts its work.
+inline int parts_of_band(int blocks, int rows, int dilation, int stride) {
+    return blocks * divide_up(rows, rows_at_once(dilation, stride)) + rows;
+}
 
 // Rows of a result, from row `first` on, to `made`, its blocks `block` apart. between() is called after each part of the
 // work. Of N images side by side the result is a block of V / N channels for each.
 template <int V, int K, int D, int S, int N, class Between>
 void stage_band(const float* tile, const Tile& t, StageWeights w, int blocks, int first, int rows, float* seen,
                 float* made, int64_t block, Between&& between) {
-    constexpr int C = V / N, R = S == 1 ? 2 * D : 2;
+    constexpr int C = V / N, R = rows_at_once(D, S);
     const int width = t.width / S, wide = padded(width), lanes = blocks * V;
     const int64_t seen_block = int64_t(pixels_together(width)) * V;
     for (int b = 0; b < blocks; b++)
@@ -186,7 +189,7 @@ void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks,
         }
         if (past)
             buffer.leaving.begin({made, block, 0, here, whole, N * blocks, 1, rows * width, true},
-                                 parts_of_band(blocks, rows));
+                                 parts_of_band(blocks, rows, D, S));
     }
 }
 
