@@ -11,8 +11,6 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from benchmarks import report
 from fpdarts.config import RetrainConfig, SearchConfig
 from fpdarts.genotype import random_genotype
@@ -65,12 +63,13 @@ def main(options: Options) -> dict:
     return result
 
 
+def show(result: dict, _) -> str:
+    lines = []
+    for side, values in result.items():
+        each = ", ".join(f"{value:.2%}" for value in values["test_accuracy"])
+        lines.append(f"{side:7s} {values['mean']:.2%} +- {values['deviation']:.2%}   ({each})")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    options = tyro.cli(Options)
-    result = main(options)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for side, values in result.items():
-            each = ", ".join(f"{value:.2%}" for value in values["test_accuracy"])
-            print(f"{side:7s} {values['mean']:.2%} +- {values['deviation']:.2%}   ({each})")
+    report.command("against_random", Options, main, show, __doc__)

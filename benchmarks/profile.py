@@ -22,6 +22,7 @@ from benchmarks.steps import retrain_config, retrain_network, search_config, sea
 from fpdarts import kernels
 from fpdarts.architect import frozen
 from fpdarts.gates import GateSampler
+from fpdarts.retrain import losses, make_optimizer
 from fpdarts.search import optimizers
 
 # Where nothing else is said: the protocols' own, of ImageNet what fits a GPU.
@@ -141,16 +142,11 @@ class Profiler:
         with torch.device("meta"):
             counted = retrain_network(replace(config, kernels="reference"))
         network = self.prepared(retrain_network(config)).to(memory_format=self.side.memory_format)
-        optimizer = torch.optim.SGD(network.parameters(), config.learning_rate, config.momentum, weight_decay=3e-4)
+        optimizer = make_optimizer(config, network, torch.device("meta"))
 
         def loss():
             out = network(self.images.contiguous(memory_format=self.side.memory_format), config.drop_path)
-            logits, auxiliary = out if isinstance(out, tuple) else (out, None)
-            total = F.cross_entropy(logits, self.labels, label_smoothing=config.label_smoothing)
-            if auxiliary is None:
-                return total
-            auxiliary = F.cross_entropy(auxiliary, self.labels, label_smoothing=config.label_smoothing)
-            return total + config.auxiliary_weight * auxiliary
+            return losses(out, self.labels, config)[0]
 
         fewest = work.network(counted, setting.batch_size, (setting.image_size,) * 2)
         parameters = list(network.parameters())

@@ -11,11 +11,10 @@ from benchmarks.setting import Case, Setting
 from benchmarks.sides import Side
 from fpdarts import config as configuration
 from fpdarts.config import RetrainConfig, SearchConfig
-from fpdarts.evaluate import build_network
 from fpdarts.gates import GateSampler
 from fpdarts.genotype import PUBLISHED
-from fpdarts.graphs import GraphedStep, prepare_optimizer
-from fpdarts.retrain import training_step
+from fpdarts.graphs import GraphedStep
+from fpdarts.retrain import build_network, make_optimizer, training_step
 from fpdarts.search import build_supernet, optimizers, weight_step
 from tests.naive import NaiveSuperNet
 
@@ -79,20 +78,24 @@ def search_step(side, setting, architecture):
         return {**last, **{f"d_{name}": gradients[name] for name in asked}}
 
     if side.graph:
-        step = _graphed(once, batch, on_device, model)
+        replay = _graphed(once, model, *batch, on_device[0])
+
+        def step(i):
+            replay(*batch, on_device[i % DRAWS])
+
     size, n = (setting.image_size,) * 2, setting.batch_size
     each = [work.supernet(spec_model, n, size, gates, not architecture).of("both") for gates in draws]
     mean = work.Work(*(sum(values) / DRAWS for values in zip(*each)))
     return Case(step, results, mean)
 
 
-def _graphed(once, batch, draws, model):
+def _graphed(once, model, *arguments):
     """A call as one replay, after calls that make the graph; the weights are then what they were before these."""
     weights, graphed = deepcopy(model.state_dict()), GraphedStep(once)
     for _ in range(GraphedStep.WARM_UP + 1):
-        graphed(*batch, draws[0])
+        graphed(*arguments)
     model.load_state_dict(weights)
-    return lambda i: graphed(*batch, draws[i % DRAWS])
+    return graphed
 
 
 def retrain_config(setting: Setting, side: Side) -> RetrainConfig:
@@ -117,23 +120,14 @@ def retrain_step(side, setting):
     if side.name == "compile":
         for cell in network.cells:
             cell.compile()
-    optimizer = torch.optim.SGD(
-        network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
-    )
-    prepare_optimizer(optimizer, device)
+    optimizer = make_optimizer(config, network, device)
     batch, last = _images(setting, side.memory_format), {}
 
     def once(images, labels):
         loss, logits = training_step(network, optimizer, (images, labels), config.drop_path, config)
         return loss.detach(), logits.detach()
 
-    call = once
-    if side.graph:
-        state = deepcopy(network.state_dict())
-        call = GraphedStep(once)
-        for _ in range(GraphedStep.WARM_UP + 1):
-            call(*batch)
-        network.load_state_dict(state)
+    call = _graphed(once, network, *batch) if side.graph else once
 
     def step(i):
         torch.manual_seed(i)  # the same paths are dropped on all sides

@@ -38,6 +38,7 @@ class Options:
     device: str | None = None
     threads: int | None = None
     plot_only: bool = False
+    json: bool = False
 
 
 def sweep(options: Options) -> dict:
@@ -81,19 +82,16 @@ def plot(result: dict, path: Path):
     figure.savefig(path, metadata={"Date": None})
 
 
-def main(options: Options):
+def main(options: Options) -> dict:
     path = report.located(options.out)
     if not options.plot_only:
         if options.threads:
             torch.set_num_threads(options.threads)
         report.write(path, sweep(options), options.device or "cpu")
-    plot(json.loads(path.read_text()), path.with_suffix(".svg"))
+    result = json.loads(path.read_text())
+    plot(result, path.with_suffix(".svg"))
+    return result
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"benchmarks.sweep: {error}")
+    report.command("sweep", Options, main, lambda _, options: report.located(options.out), __doc__)

@@ -58,12 +58,7 @@ class Architect:
         One gate sample serves all passes of a step, and running statistics move once, with the validation pass.
         Returns (loss, logits) on the validation batch, detached.
         """
-        if self.weight_optimizer is None:
-            gradients, loss, logits = self._first_order(validation, gates)
-        elif train is None:
-            raise ValueError("an unrolled architecture step needs a batch of the weight half as well")
-        else:
-            gradients, loss, logits = self._second_order(validation, train, gates)
+        gradients, loss, logits = self._gradients(validation, gates, train)
         parameters = self.model.architecture_parameters()
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
@@ -77,8 +72,15 @@ class Architect:
 
         As in a step, running statistics move once.
         """
-        order = self._first_order(validation, gates) if train is None else self._second_order(validation, train, gates)
-        return order[0]
+        return self._gradients(validation, gates, train)[0]
+
+    def _gradients(self, validation, gates, train):
+        """(gradients, loss, logits): first order if there is no weight_optimizer."""
+        if self.weight_optimizer is None:
+            return self._first_order(validation, gates)
+        if train is None:
+            raise ValueError("an unrolled architecture step needs a batch of the weight half as well")
+        return self._second_order(validation, train, gates)
 
     def _first_order(self, validation, gates):
         with frozen(self.model.weight_parameters()):

@@ -217,12 +217,12 @@ def _extent(places: list[_Place]) -> float:
 
 def _colour(operation: str) -> str:
     """By kind: pooling, skip, separable (two stages) or dilated convolution."""
-    kind, _, dilation, _ = OPERATIONS[operation]
-    if kind == "pooling":
+    what = OPERATIONS[operation]
+    if what.kind == "pooling":
         return "#b45309"
-    if kind == "skip":
+    if what.kind == "skip":
         return "#57606a"
-    return "#1d4ed8" if dilation == 1 else "#0f766e"
+    return "#1d4ed8" if what.dilation == 1 else "#0f766e"
 
 
 def _paint(axes, places: list[_Place], chains: list[list[_Place]], shift: float) -> None:

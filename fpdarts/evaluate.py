@@ -5,18 +5,21 @@ from dataclasses import replace
 
 import torch
 
-from fpdarts import config as configuration
 from fpdarts.ahead import compile_steps, take_evaluation
 from fpdarts.config import EvaluateConfig, RetrainConfig
 from fpdarts.data import DataError, Loader, in_memory, open_data, select_reader
 from fpdarts.genotype import Genotype
-from fpdarts.network import DerivedNetwork
+from fpdarts.retrain import build_network
 from fpdarts.run import load_checkpoint, read_config
 from fpdarts.training import evaluate_model, select_amp, select_device, select_kernels
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """{test_loss, test_accuracy[, test_top5_accuracy], epoch, images} of a retraining's newest checkpoint."""
+    """{test_loss, test_accuracy[, test_top5_accuracy], epoch, images} of a retraining's newest checkpoint.
+
+    Raises RunError for a directory without one, DataError for images that do not fit it, ValueError or
+    BackendUnavailable for what cannot be used here.
+    """
     device = select_device(config.device)
     trained = RetrainConfig(**read_config(config.run, "retrain"))
     checkpoint = load_checkpoint(config.run)
@@ -43,16 +46,3 @@ def evaluate(config: EvaluateConfig) -> dict:
     loader = Loader(images, data, batch_size, None, 0, device, config.workers, reader)
     result = evaluate_model(network, loader, amp, data.protocol == "imagenet", "test")
     return {**result, "epoch": checkpoint["epoch"], "images": len(images)}
-
-
-def build_network(config: RetrainConfig, genotype: Genotype, num_classes: int) -> DerivedNetwork:
-    """The network of a resolved configuration."""
-    return DerivedNetwork(
-        genotype,
-        num_classes,
-        config.init_channels,
-        config.cells,
-        configuration.stem_of(config.protocol),
-        auxiliary=config.auxiliary_weight > 0,
-        kernels=config.kernels,
-    )

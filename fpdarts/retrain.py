@@ -12,15 +12,16 @@ from fpdarts.ahead import compile_steps, take_retraining_steps
 from fpdarts.config import RetrainConfig, learning_rate
 from fpdarts.count import count
 from fpdarts.data import Loader, augmentation, in_memory, open_data, select_reader
-from fpdarts.evaluate import build_network
-from fpdarts.genotype import find
+from fpdarts.genotype import Genotype, find
 from fpdarts.graphs import GraphedStep, prepare_optimizer, set_learning_rate
+from fpdarts.network import DerivedNetwork
 from fpdarts.run import Run
 from fpdarts.training import (
     Meter,
     Progress,
     autocast,
     evaluate_model,
+    not_evaluated,
     require_finite,
     select_amp,
     select_device,
@@ -45,22 +46,18 @@ def retrain(config: RetrainConfig) -> dict:
 
     torch.manual_seed(config.seed)
     network = build_network(config, genotype, len(data.classes)).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
-    )
-    prepare_optimizer(optimizer, device)
+    optimizer = make_optimizer(config, network, device)
     take_step = _steps(config, network, optimizer, device)
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
+    if (result := run.finished(config.epochs)) is not None:
+        return result
     print(told, told_reader, sep="\n", file=sys.stderr)
     take_steps = partial(take_retraining_steps, drop_path=config.drop_path)
     compile_steps(take_steps, network, data.image_size, serving, device, amp)
     prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if not config.resume:
         genotype.save(run.path / "genotype.json")
-
-    if first_epoch == config.epochs and run.result() is not None:
-        return run.result()  # resumed after its end: nothing is trained, and nothing tested, a second time
 
     top5, steps = data.protocol == "imagenet", len(train_loader)
     progress = Progress(config.epochs, steps, first_epoch)
@@ -79,15 +76,16 @@ def retrain(config: RetrainConfig) -> dict:
         metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, **progress.speed(meter)}
         if holdout_loader is not None:
             due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
-            metrics |= evaluate_model(network, holdout_loader, config.amp, top5, "valid", not due)
+            if due:
+                metrics |= evaluate_model(network, holdout_loader, amp, top5, "valid")
+            else:
+                metrics |= not_evaluated(top5, "valid")
         run.write_epoch(metrics)
         progress.end_epoch(metrics)
     progress.close()
 
-    result = {"kernels": serving, "amp": config.amp, "device": str(device)}
-    result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
-    result |= evaluate_model(network, test_loader, config.amp, top5, "test")
-    return run.write_result({**result, **count(network, data.image_size)})
+    tested = evaluate_model(network, test_loader, amp, top5, "test")
+    return run.write_result(serving, amp, device, **tested, **count(network, data.image_size))
 
 
 def _steps(config, network, optimizer, device):
@@ -106,6 +104,25 @@ def _steps(config, network, optimizer, device):
         return graphed(*batch)
 
     return take
+
+
+def build_network(config: RetrainConfig, genotype: Genotype, num_classes: int) -> DerivedNetwork:
+    """The network of a resolved configuration."""
+    return DerivedNetwork(
+        genotype,
+        num_classes,
+        config.init_channels,
+        config.cells,
+        configuration.stem_of(config.protocol),
+        auxiliary=config.auxiliary_weight > 0,
+        kernels=config.kernels,
+    )
+
+
+def make_optimizer(config, network, device) -> torch.optim.SGD:
+    sgd = torch.optim.SGD(network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay)
+    prepare_optimizer(sgd, device)
+    return sgd
 
 
 def _loaders(config, data, device, reader):
@@ -130,16 +147,23 @@ def training_step(network, optimizer, batch, drop_path, config):
     images, labels = batch
     with autocast(config.amp, images.device):
         out = network(images, drop_path)
-    logits, auxiliary_logits = out if isinstance(out, tuple) else (out, None)
-    loss = total = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    if auxiliary_logits is not None:
-        auxiliary = F.cross_entropy(auxiliary_logits, labels, label_smoothing=config.label_smoothing)
-        total = loss + config.auxiliary_weight * auxiliary
+    total, loss, logits = losses(out, labels, config)
     optimizer.zero_grad()
     total.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
     optimizer.step()
     return loss, logits
+
+
+def losses(out, labels, config):
+    """(what is descended, loss of the classifier, its logits) of what a network returned: with an auxiliary head, a
+    pair."""
+    logits, auxiliary_logits = out if isinstance(out, tuple) else (out, None)
+    loss = total = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    if auxiliary_logits is not None:
+        auxiliary = F.cross_entropy(auxiliary_logits, labels, label_smoothing=config.label_smoothing)
+        total = loss + config.auxiliary_weight * auxiliary
+    return total, loss, logits
 
 
 def _try_out(config, genotype, data):

@@ -116,14 +116,18 @@ class Run:
         for _, old in _checkpoints(self.path)[2:]:
             old.unlink()
 
-    def result(self) -> dict | None:
-        """What write_result wrote, if the run had reached its end before it was opened."""
+    def finished(self, epochs: int) -> dict | None:
+        """What write_result wrote, if the run had reached its end before it was opened: then nothing is left to do."""
         file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(file.read_text()) if len(self.metrics) == epochs and file.is_file() else None
 
-    def write_result(self, result: dict) -> dict:
-        """result.json, with the run's path and its seconds of training; returned."""
-        result = {"run": str(self.path), **result, "seconds": sum(line["seconds"] for line in self.metrics)}
+    def write_result(self, kernels: str, amp: str, device: torch.device, **found) -> dict:
+        """result.json: the run's path, what computed it, the last epoch's metrics, what was found, and its seconds of
+        training; returned.
+        """
+        result = {"run": str(self.path), "kernels": kernels, "amp": amp, "device": str(device)}
+        result |= {name: value for name, value in self.metrics[-1].items() if name.startswith(("train_", "valid_"))}
+        result |= {**found, "seconds": sum(line["seconds"] for line in self.metrics)}
         self.write_json("result.json", result)
         if self._tensorboard is not None:
             self._tensorboard.close()

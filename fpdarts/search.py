@@ -23,6 +23,7 @@ from fpdarts.training import (
     Progress,
     autocast,
     evaluate_model,
+    not_evaluated,
     require_finite,
     select_amp,
     select_device,
@@ -39,9 +40,7 @@ def search(config: SearchConfig) -> dict:
     """
     device = select_device(config.device)
     amp = select_amp(config.amp, device)
-    serving, told = select_kernels(
-        config.kernels, amp, device
-    )  # fails now, with the reason, not after the data is read
+    serving, told = select_kernels(config.kernels, amp, device)  # fails now, with the reason, before data is read
     data = open_data(config.data, config.protocol, config.image_size, config.skip)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
     reader, told_reader = select_reader(config.loader, data)
@@ -56,15 +55,14 @@ def search(config: SearchConfig) -> dict:
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
     run, first_epoch = Run.open("search", config, data, stateful)
+    if (result := run.finished(config.epochs)) is not None:
+        return result
     print(told, told_reader, sep="\n", file=sys.stderr)
     compile_steps(take_search_steps, model, data.image_size, serving, device, amp)
     for optimizer in (weight_optimizer, architect.optimizer):
         prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if config.gates == "fixed":
         _report_untrained(model, gates)
-
-    if first_epoch == config.epochs and run.result() is not None:
-        return run.result()  # resumed after its end: nothing is trained, and nothing tested, a second time
 
     top5, steps = data.protocol == "imagenet", len(weight_loader)
     progress = Progress(config.epochs, steps, first_epoch)
@@ -88,16 +86,17 @@ def search(config: SearchConfig) -> dict:
         metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, **progress.speed(meter)}
 
         due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
-        metrics |= evaluate_model(model, validation_loader, config.amp, top5, "valid", not due, (gates.expected(),))
+        if due:
+            metrics |= evaluate_model(model, validation_loader, amp, top5, "valid", (gates.expected(),))
+        else:
+            metrics |= not_evaluated(top5, "valid")
         metrics |= {name: getattr(model, name).tolist() for name in ARCHITECTURE}
         model.genotype().save(run.path / "genotype.json")
         run.write_epoch(metrics)
         progress.end_epoch(metrics)
     progress.close()
 
-    result = {"kernels": serving, "amp": config.amp, "device": str(device)}
-    result |= {name: value for name, value in run.metrics[-1].items() if name.startswith(("train_", "valid_"))}
-    return run.write_result({**result, "genotype": model.genotype().to_dict()})
+    return run.write_result(serving, amp, device, genotype=model.genotype().to_dict())
 
 
 def _steps(config, model, weight_optimizer, architect, device):

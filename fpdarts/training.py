@@ -154,14 +154,12 @@ def require_finite(meter: Meter, steps_before: int, learning_rate: float, run: P
 
 @torch.no_grad()
 def evaluate_model(
-    model: torch.nn.Module, loader, amp: str, top5: bool, prefix: str, skip: bool = False, arguments: tuple = ()
-) -> dict[str, float | None]:
-    """{prefix_loss, prefix_accuracy[, prefix_top5_accuracy]} over all of a loader's images; None for each if skipped.
+    model: torch.nn.Module, loader, amp: str, top5: bool, prefix: str, arguments: tuple = ()
+) -> dict[str, float]:
+    """{prefix_loss, prefix_accuracy[, prefix_top5_accuracy]} over all of a loader's images.
 
     The model is left in evaluation mode. arguments: what its forward takes after the images.
     """
-    if skip:
-        return dict.fromkeys(f"{prefix}_{name}" for name in ("loss", "accuracy", "top5_accuracy")[: 3 if top5 else 2])
     model.eval()
     meter = Meter(top5)
     for images, labels in loader.epoch():
@@ -169,3 +167,8 @@ def evaluate_model(
             logits = model(images, *arguments)
         meter.add(F.cross_entropy(logits.float(), labels), logits, labels)
     return meter.read(prefix)
+
+
+def not_evaluated(top5: bool, prefix: str) -> dict[str, None]:
+    """What stands in place of evaluate_model's metrics in an epoch without one."""
+    return dict.fromkeys(f"{prefix}_{name}" for name in ("loss", "accuracy", "top5_accuracy")[: 3 if top5 else 2])

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
@@ -47,8 +46,6 @@ class Statistics(NamedTuple):
 
 @cache
 def _reason_against(name: str, device: str) -> str | None:
-    if find_spec(f"{__name__}.{name}") is None:
-        return f"this version of fpdarts has no {name} kernels yet; use --kernels reference"
     return import_module(f"{__name__}.{name}").unavailable(device)
 
 

@@ -13,7 +13,7 @@ import torch
 from fpdarts.kernels.spec import OPERATIONS, CellSpec, DerivedCellSpec
 
 from fpdarts import DerivedNetwork, GateSampler, Genotype, SuperNet, kernels
-from fpdarts.check_cases import CELL_TOLERANCE
+from fpdarts.check_cases import CELL_TOLERANCE, NORMAL, REDUCE
 from fpdarts.space import DEFAULT_SUBSETS
 
 TESTED = os.environ.get("FPDARTS_TESTED", "triton")
@@ -237,29 +237,21 @@ def test_sums_of_many_tiles(monkeypatch, options):
     cell(size=(6, 4), n=3, nodes=1, **options)
 
 
-EVERY = (
-    ("sep_conv_3x3", 1), ("skip_connect", 0), ("dil_conv_3x3", 2), ("max_pool_3x3", 1), ("sep_conv_5x5", 2),
-    ("avg_pool_3x3", 3), ("dil_conv_5x5", 3), ("skip_connect", 2),
-)  # fmt: skip
-STRIDED = (
-    ("max_pool_3x3", 0), ("skip_connect", 1), ("sep_conv_3x3", 0), ("dil_conv_5x5", 1), ("avg_pool_3x3", 1),
-    ("skip_connect", 2), ("max_pool_3x3", 3), ("sep_conv_5x5", 0),
-)  # fmt: skip
 DEAD = ("sep_conv_3x3", 0), ("avg_pool_3x3", 1), ("dil_conv_3x3", 0), ("max_pool_3x3", 1)  # node 0 leads nowhere
 DERIVED = {
-    "normal, three levels": dict(edges=EVERY, size=(5, 7)),
-    "reduction, drop-path": dict(edges=STRIDED, size=(6, 8), reduction=True, drop=True),
-    "factorized": dict(edges=EVERY, size=(5, 3), factorized=True, drop=True),
-    "factorized reduction": dict(edges=STRIDED, size=(4, 6), reduction=True, factorized=True),
-    "7x7, one image, C=5": dict(edges=EVERY, size=(7, 7), n=1, channels=5, drop=True),
-    "reduction, C=5": dict(edges=STRIDED, size=(6, 8), channels=5, reduction=True, factorized=True, drop=True),
-    "several tiles, C=36": dict(edges=EVERY[:4], size=(8, 9), n=2, channels=36, drop=True),
-    "several blocks of channels": dict(edges=STRIDED[:2], size=(4, 4), channels=72, reduction=True),
-    "some nodes only": dict(edges=EVERY, concat=(5, 3), size=(4, 4), drop=True),
+    "normal, three levels": dict(edges=NORMAL, size=(5, 7)),
+    "reduction, drop-path": dict(edges=REDUCE, size=(6, 8), reduction=True, drop=True),
+    "factorized": dict(edges=NORMAL, size=(5, 3), factorized=True, drop=True),
+    "factorized reduction": dict(edges=REDUCE, size=(4, 6), reduction=True, factorized=True),
+    "7x7, one image, C=5": dict(edges=NORMAL, size=(7, 7), n=1, channels=5, drop=True),
+    "reduction, C=5": dict(edges=REDUCE, size=(6, 8), channels=5, reduction=True, factorized=True, drop=True),
+    "several tiles, C=36": dict(edges=NORMAL[:4], size=(8, 9), n=2, channels=36, drop=True),
+    "several blocks of channels": dict(edges=REDUCE[:2], size=(4, 4), channels=72, reduction=True),
+    "some nodes only": dict(edges=NORMAL, concat=(5, 3), size=(4, 4), drop=True),
     "a node that leads nowhere": dict(edges=DEAD, concat=(3,), size=(4, 4)),
     "an input that is not read": dict(edges=(("sep_conv_3x3", 1), ("max_pool_3x3", 1)), size=(4, 4)),
-    "evaluation": dict(edges=STRIDED, size=(4, 4), reduction=True, evaluation=True),
-    "evaluation, drop-path": dict(edges=EVERY, size=(4, 4), evaluation=True, drop=True),
+    "evaluation": dict(edges=REDUCE, size=(4, 4), reduction=True, evaluation=True),
+    "evaluation, drop-path": dict(edges=NORMAL, size=(4, 4), evaluation=True, drop=True),
 }
 
 
@@ -279,7 +271,7 @@ def test_derived_cell_of_many_tiles(monkeypatch):
 
     monkeypatch.setattr(statistics, "GROUP", tl.constexpr(2))
     monkeypatch.setitem(tuning.KNOBS, "block", 16)
-    inputs, run = derived_case(size=(6, 4), n=3, edges=EVERY[:4])
+    inputs, run = derived_case(size=(6, 4), n=3, edges=NORMAL[:4])
     compare(run, inputs)
 
 
@@ -313,10 +305,10 @@ def derived_case(edges, size, n=2, channels=8, concat=None, reduction=False, fac
 def test_derived_cell_in_bfloat16(monkeypatch):
     """Stored in bfloat16. The interpreter's products of bfloat16 are wrong, so operands are float32 here."""
     import triton.language as tl
-    from fpdarts.kernels.triton.derived_forward import TRITON_DTYPE
+    from fpdarts.kernels.triton.launch import TRITON_DTYPE
 
     monkeypatch.setitem(TRITON_DTYPE, torch.bfloat16, tl.float32)
-    inputs, run = derived_case(EVERY, (6, 6), drop=True)
+    inputs, run = derived_case(NORMAL, (6, 6), drop=True)
     results = []
     for name, dtype in (("reference", torch.float64), ("triton", torch.float32)):
         leaves = {key: value.to(dtype).requires_grad_() for key, value in inputs.items()}
@@ -367,7 +359,7 @@ def test_two_runs_give_the_same_bits():
 def test_two_steps_of_retraining_are_the_same():
     """The derived network's losses, weights and running statistics against the reference's; and twice the same bits,
     but in the interpreter: there single cells are computed twice."""
-    genotype = Genotype(EVERY[:4], range(2, 4), STRIDED[:4], range(2, 4))
+    genotype = Genotype(NORMAL[:4], range(2, 4), REDUCE[:4], range(2, 4))
     runs = []
     for name in ("reference", TESTED, *[TESTED] * TWICE):
         torch.manual_seed(0)

@@ -19,6 +19,7 @@ from fpdarts.run import load_checkpoint
 from fpdarts.search import search
 from fpdarts.verify import Tolerance, relative_errors, verify_step
 from tests.command import run
+from tests.same import assert_same
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(limit=120, init_channels=4, cells=3, batch_size=30, epochs=2)  # two steps an epoch
@@ -347,20 +348,7 @@ def test_a_verified_search_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
     search(SearchConfig(out=str(tmp_path / "verified"), verify_every=2, **TINY))
     assert steps == [0, 2]
 
-    def compare(name, a, b):
-        if isinstance(a, torch.Tensor):
-            assert torch.equal(a, b), f"{name} differs"
-        elif isinstance(a, dict):
-            assert a.keys() == b.keys(), name
-            for key in a:
-                compare(f"{name}.{key}", a[key], b[key])
-        elif isinstance(a, (list, tuple)):
-            for i, pair in enumerate(zip(a, b, strict=True)):
-                compare(f"{name}.{i}", *pair)
-        else:
-            assert a == b, f"{name} differs"
-
-    compare("checkpoint", load_checkpoint(tmp_path / "plain"), load_checkpoint(tmp_path / "verified"))
+    assert_same("checkpoint", load_checkpoint(tmp_path / "plain"), load_checkpoint(tmp_path / "verified"))
 
 
 def test_a_search_stops_at_the_first_verified_step_that_is_wrong(plant, tmp_path, capsys):

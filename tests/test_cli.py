@@ -16,6 +16,7 @@ from fpdarts import kernels
 from fpdarts.cli import main
 from fpdarts.run import load_checkpoint, read_metrics
 from tests.command import run
+from tests.same import assert_same
 
 ROOT = Path(__file__).parent.parent
 TINY = "--limit 120 --init-channels 4 --cells 3 --batch-size 30".split()
@@ -231,20 +232,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(command, tmp_path):
     ours, theirs = load_checkpoint(killed), load_checkpoint(whole)
     assert ours["epoch"] == theirs["epoch"] == epochs - 1
 
-    def compare(name, a, b):
-        if isinstance(a, torch.Tensor):
-            assert torch.equal(a, b), f"{name} differs"
-        elif isinstance(a, dict):
-            assert a.keys() == b.keys(), name
-            for key in a:
-                compare(f"{name}.{key}", a[key], b[key])
-        elif isinstance(a, (list, tuple)):
-            for i, pair in enumerate(zip(a, b, strict=True)):
-                compare(f"{name}.{i}", *pair)
-        else:
-            assert a == b, f"{name} differs"
-
-    compare(
+    assert_same(
         "checkpoint",
         {k: v for k, v in ours.items() if k != "random"},
         {k: v for k, v in theirs.items() if k != "random"},
@@ -253,7 +241,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(command, tmp_path):
     assert (killed / "genotype.json").read_text() == (whole / "genotype.json").read_text()
     timing = {"seconds", "images_per_second"}
     for a, b in zip(read_metrics(killed), read_metrics(whole), strict=True):
-        compare(
+        assert_same(
             "metrics", {k: v for k, v in a.items() if k not in timing}, {k: v for k, v in b.items() if k not in timing}
         )
 

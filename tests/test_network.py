@@ -1,6 +1,5 @@
 """The derived network: published sizes, shapes, drop-path, the auxiliary head."""
 
-import naive
 import pytest
 import torch
 from fpdarts.kernels.spec import EPSILON
@@ -9,6 +8,7 @@ from torch import nn
 from fpdarts.count import count, count_genotype
 from fpdarts.genotype import PUBLISHED, Genotype
 from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork
+from tests.naive import by_modules
 
 GENOTYPE = PUBLISHED["PC_DARTS_cifar"]
 ALL_SKIP = Genotype([("skip_connect", 0), ("skip_connect", 1)], [2], [("skip_connect", 0), ("skip_connect", 1)], [2])
@@ -142,7 +142,7 @@ def test_the_seam_computes_what_the_modules_do(genotype, stem, size, drop_path):
         for name, parameter in network.named_parameters():
             if parameter.dim() == 1:
                 parameter.normal_()  # of normalizations, some scales are negative
-    modules, images = naive.by_modules(network), torch.randn(4, 3, size, size, dtype=torch.float64)
+    modules, images = by_modules(network), torch.randn(4, 3, size, size, dtype=torch.float64)
     results = []
     for model in (network, modules):
         for _ in range(2):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from fpdarts.kernels.spec import CellSpec
-from naive import NaiveCell, NaiveSuperNet
 
 from fpdarts import GateSampler, SuperNet
 from fpdarts.space import DEFAULT_SUBSETS
 from fpdarts.supernet import Cell
+from tests.naive import NaiveCell, NaiveSuperNet
 
 TOLERANCE = 1e-10  # relative, float64: only the order of sums differs
 

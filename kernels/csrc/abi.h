@@ -1,4 +1,4 @@
-// What Python passes. kernels/native/library.py declares the same fields in the same order; VERSION tells a library
+// What Python passes. kernels/native/library.py declares the same fields in the same order; FPDARTS_ABI tells a library
 // that was built from other sources.
 #pragma once
 

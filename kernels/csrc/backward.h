@@ -133,6 +133,49 @@ template <int V> class Backward : public Gradients<V> {
 
     // --- A state's gradient: all that leaves it ---
 
+    // A pooling that is used, with the edges that let it through.
+    struct Pool {
+        const Operation* o;
+        Factors f;
+        std::vector<const Edge*> edges;
+        std::vector<float> scales;
+    };
+    std::vector<Pool> pools_of(int source) const {
+        std::vector<Pool> pools;
+        for (int column = 0; column < columns; column++) {
+            const Operation& o = l.operations[column];
+            if (!o.pools() || !this->is_used(o, source)) continue;
+            pools.push_back({&o, pool_factors(o, column, source), {}, {}});
+            for (int row : l.leaving[source]) {
+                const Edge& e = l.edges[row];
+                if (this->is_open(e, o.path))
+                    pools.back().edges.push_back(&e), pools.back().scales.push_back(this->scale_of(e, column));
+            }
+        }
+        return pools;
+    }
+
+    // A factorized reduction of an open edge.
+    struct Skip {
+        const Operation* o;
+        const Edge* e;
+        Factors f;
+        std::vector<float> weights;
+    };
+    std::vector<Skip> skips_of(int source, const Dense<V>& skip) const {
+        std::vector<Skip> skips;
+        for (int column = 0; column < columns; column++) {
+            const Operation& o = l.operations[column];
+            if (!o.factorized(l.stride(source))) continue;
+            for (int row : l.leaving[source]) {
+                const Edge& e = l.edges[row];
+                if (this->is_open(e, o.path))
+                    skips.push_back({&o, &e, result_factors(e, column), this->skip_matrix(o, skip, row, true)});
+            }
+        }
+        return skips;
+    }
+
     void first_stages(int source) {
         const int stride = l.stride(source), height = l.size_of(source)[0], width = l.size_of(source)[1];
         const Stages stages = stages_of(source, 0);
@@ -140,34 +183,8 @@ template <int V> class Backward : public Gradients<V> {
         std::vector<Terms> terms;
         if (source >= 2) terms = terms_of(source - 2);
         const Dense<V> skip = this->skip_dense();
-        struct Pool {
-            const Operation* o;
-            Factors f;
-            std::vector<const Edge*> edges;
-            std::vector<float> scales;
-        };
-        struct Skip {
-            const Operation* o;
-            const Edge* e;
-            Factors f;
-            std::vector<float> weights;
-        };
-        std::vector<Pool> pools;
-        std::vector<Skip> skips;
-        for (int column = 0; column < columns; column++) {
-            const Operation& o = l.operations[column];
-            if (!this->is_used(o, source)) continue;
-            const bool pool = o.kind == MAXIMUM || o.kind == AVERAGE;
-            if (pool) pools.push_back({&o, pool_factors(o, column, source), {}, {}});
-            const bool strided_skip = o.kind == SKIP && stride == 2;
-            for (int row : l.leaving[source]) {
-                const Edge& e = l.edges[row];
-                if (!this->is_open(e, o.path)) continue;
-                if (pool) pools.back().edges.push_back(&e), pools.back().scales.push_back(this->scale_of(e, column));
-                if (strided_skip)
-                    skips.push_back({&o, &e, result_factors(e, column), this->skip_matrix(o, skip, row, true)});
-            }
-        }
+        const std::vector<Pool> pools = pools_of(source);
+        const std::vector<Skip> skips = skips_of(source, skip);
         const int images = this->together(stride);
         for_images(l.n / images, threads, [&] {
             const auto buffer = StageBuffers::take<V>(t, d, images * l.blocks);

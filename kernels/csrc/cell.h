@@ -24,6 +24,9 @@ struct Operation {
     int kernel, dilation, stages, path;
     int row[2];     // first row of statistics, of each stage
     int weight[2];  // index of its first packed weight, of each stage (a skip: even and odd)
+
+    bool pools() const { return kind == MAXIMUM || kind == AVERAGE; }
+    bool factorized(int stride) const { return kind == SKIP && stride == 2; }
 };
 
 struct Edge {
@@ -74,7 +77,7 @@ template <int V> struct Layout {
                 o.row[stage] = rows, rows += edges.size();
                 o.weight[stage] = weights, weights += 2;
             }
-            if (o.kind == MAXIMUM || o.kind == AVERAGE) o.row[0] = rows, rows += nodes + 1;
+            if (o.pools()) o.row[0] = rows, rows += nodes + 1;
             if (o.kind == SKIP && strided) {
                 o.row[0] = rows, rows += strided;
                 o.weight[0] = weights, o.weight[1] = weights + 1, weights += 2;
@@ -116,8 +119,8 @@ template <int V> struct Layout {
     // The row whose normalization an operation's result on an edge has; -1: it is not normalized.
     int result_row(const Operation& o, const Edge& edge) const {
         if (o.kind == CONVOLUTION) return o.row[o.stages - 1] + edge.row;
-        if (o.kind == MAXIMUM || o.kind == AVERAGE) return o.row[0] + edge.source;
-        if (o.kind == SKIP && stride(edge.source) == 2) return o.row[0] + edge.row;
+        if (o.pools()) return o.row[0] + edge.source;
+        if (o.factorized(stride(edge.source))) return o.row[0] + edge.row;
         return -1;
     }
 };

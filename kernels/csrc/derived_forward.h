@@ -118,7 +118,7 @@ template <int V> class DerivedForward : public Derived<V> {
             const DenseBuffers<V> products(skip);
             float* tile = arena().take(l.blocks * t.pixels() * V);
             ForwardBuffers<V> buffer(l.out_size[1], l.blocks, l.past_caches() ? l.blocks : 0);
-            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
+            MapSums<V>* sums = MapSums<V>::take(l.blocks);
             return [&, node_buffer, products, tile, buffer, sums](int image, int share) mutable {
                 if (state >= 2) node(state, image, node_buffer);
                 const float* map = this->state(state, image);
@@ -152,7 +152,7 @@ template <int V> class DerivedForward : public Derived<V> {
         for_images(l.n, threads, [&] {
             float* tile = arena().take(l.blocks * t.pixels() * V);
             ForwardBuffers<V> buffer(t.width, l.blocks, l.past_caches() ? l.blocks : 0);
-            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(l.blocks * 3 * V));
+            MapSums<V>* sums = MapSums<V>::take(l.blocks);
             return [&, tile, buffer, sums](int image, int share) mutable {
                 for (size_t i = 0; i < edges.size(); i++) {
                     const int before = edges[i]->row[0];

@@ -8,8 +8,9 @@ namespace FPDARTS_ISA {
 
 template <int V> class Engine {
    public:
-    Engine(const CellArguments& arguments, bool training)
-        : a(arguments), l(arguments.geometry), training(training), threads(std::max<int64_t>(1, arguments.threads)) {
+    explicit Engine(const CellArguments& arguments)
+        : a(arguments), l(arguments.geometry), training(!arguments.given_mean),
+          threads(std::max<int64_t>(1, arguments.threads)) {
         const int columns = l.operations.size();
         open.resize(l.edges.size() * l.paths);
         scale.resize(l.edges.size() * columns);

@@ -15,7 +15,7 @@ template <int V> class Forward : public Engine<V> {
 
    public:
     explicit Forward(const CellArguments& arguments)
-        : Base(arguments, !arguments.given_mean), moments(threads, l.rows, l.lanes) {}
+        : Base(arguments), moments(threads, l.rows, l.lanes) {}
 
     void run() {
         if (training) std::fill_n(a.updated, l.rows, 0.0f);
@@ -115,7 +115,7 @@ template <int V> class Forward : public Engine<V> {
             if (!this->is_used(o, source)) continue;
             if (o.kind == CONVOLUTION) used.push_back(Used(*this, o, 0, source, false));
             else used.push_back(Used(o));
-            if (o.kind == SKIP && stride == 2)
+            if (o.factorized(stride))
                 for (int row : l.leaving[source]) skip_weights.push_back(this->skip_matrix(o, skip, row, false));
         }
         const Sum sum = source < 2 ? Sum() : node_sum(source - 2);
@@ -127,7 +127,7 @@ template <int V> class Forward : public Engine<V> {
             float* pooled = arena().take(around.pixels() * V);
             ForwardBuffers<V> buffer(l.out_size[1], images * l.blocks, l.past_caches() ? images * l.blocks : 0);
             const DenseBuffers<V> products(skip);
-            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
+            MapSums<V>* sums = MapSums<V>::take(images * l.blocks);
             return [&, node_buffer, tile, pooled, buffer, products, sums](int group, int share) mutable {
                 const int image = group * images;  // the first one
                 for (int i = image; i < image + images; i++) {
@@ -140,9 +140,9 @@ template <int V> class Forward : public Engine<V> {
                     bool filled = false;
                     for (const Used& u : used) {
                         if (u.o->path != slice) continue;
-                        for (int i = 0; i < images && (u.o->kind == MAXIMUM || u.o->kind == AVERAGE); i++)
+                        for (int i = 0; i < images && u.o->pools(); i++)
                             pool(*u.o, source, map + l.image(i, height * width), around, image + i, share, pooled);
-                        if (u.o->kind != CONVOLUTION && !(u.o->kind == SKIP && stride == 2)) continue;
+                        if (u.o->kind != CONVOLUTION && !u.o->factorized(stride)) continue;
                         if (u.o->kind == CONVOLUTION && !filled) this->fill(tile, t, images, map, {}), filled = true;
                         for (int row : l.leaving[source]) {
                             const Edge& e = l.edges[row];
@@ -165,8 +165,8 @@ template <int V> class Forward : public Engine<V> {
             };
         });
         for (const Used& u : used) {
-            if (u.o->kind == MAXIMUM || u.o->kind == AVERAGE) finish(u.o->row[0] + source);
-            if (u.o->kind != CONVOLUTION && !(u.o->kind == SKIP && stride == 2)) continue;
+            if (u.o->pools()) finish(u.o->row[0] + source);
+            if (u.o->kind != CONVOLUTION && !u.o->factorized(stride)) continue;
             for (int row : l.leaving[source])
                 if (this->is_open(l.edges[row], u.o->path)) finish(u.o->row[0] + row);
         }
@@ -223,7 +223,7 @@ template <int V> class Forward : public Engine<V> {
         for_images(l.n / images, threads, [&] {
             float* tile = arena().take(images * l.blocks * t.pixels() * V);
             ForwardBuffers<V> buffer(t.width, images * l.blocks, l.past_caches() ? images * l.blocks : 0);
-            MapSums<V>* sums = reinterpret_cast<MapSums<V>*>(arena().take(images * l.blocks * 3 * V));
+            MapSums<V>* sums = MapSums<V>::take(images * l.blocks);
             return [&, tile, buffer, sums](int group, int share) mutable {
                 const int image = group * images;  // the first one
                 for (const Used& u : used)

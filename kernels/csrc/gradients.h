@@ -13,7 +13,7 @@ template <int V> class Gradients : public Engine<V> {
 
    public:
     explicit Gradients(const CellArguments& arguments)
-        : Base(arguments, !arguments.given_mean),
+        : Base(arguments),
           columns(l.operations.size()),
           node_sums(threads, l.nodes * l.slices, l.lanes),
           term_sums(threads, l.edges.size() * columns, l.lanes),
@@ -66,11 +66,9 @@ template <int V> class Gradients : public Engine<V> {
 
     // --- Gradients of normalizations ---
 
-    double count(int pixels) const { return double(l.n) * pixels; }
-
     // k: what the normalized value is multiplied by.
     template <class Sum, class Product> Factors factors(int row, double k, int pixels, Sum&& sum, Product&& product) const {
-        return Factors::of(l.lanes, a.work + l.mean(row), a.work + l.inverse(row), training, count(pixels),
+        return Factors::of(l.lanes, a.work + l.mean(row), a.work + l.inverse(row), training, double(l.n) * pixels,
                            [=](int) { return k; }, sum, product);
     }
     // Of an operation's result on an edge.

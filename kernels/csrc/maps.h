@@ -8,7 +8,7 @@
 
 namespace FPDARTS_ISA {
 
-// A map with a margin that stays zero. Rows are wide enough for what depthwise_row reads at either stride.
+// A map with a margin that stays zero. Rows are wide enough for what depthwise_rows reads at either stride.
 struct Tile {
     int height, width, pitch;  // pitch in pixels
     Tile(int height, int width, int margin, int stride)

@@ -162,7 +162,7 @@ template <int V> struct DenseBuffers {  // of a thread: rows of the product's tw
     MapSums<V>* sums;
     explicit DenseBuffers(const Dense<V>& d)
         : pixels(arena().take(CHUNK * d.rows)), products(arena().take(CHUNK * d.columns)),
-          sums(reinterpret_cast<MapSums<V>*>(arena().take(d.columns * 3))) {}
+          sums(MapSums<V>::take(d.columns / V)) {}
 };
 
 // One image's products. gather(first, count) fills buffer.pixels; plane(i) is where the result's i-th block of V columns

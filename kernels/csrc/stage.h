@@ -12,6 +12,11 @@ constexpr int CHUNK = 64;  // pixels of a matrix product or a node at a time: th
 // The sums of one block of a map that is being written: about its first value, by runs, so that few digits are lost.
 template <int V> struct MapSums {
     Vec<V> shift{}, sum{}, squares{};
+
+    // Of a thread, for as many blocks.
+    static MapSums* take(int blocks) {
+        return reinterpret_cast<MapSums*>(arena().take(blocks * (sizeof(MapSums) / sizeof(float))));
+    }
     INLINE void begin(Vec<V> first) { shift = first, sum = squares = Vec<V>{}; }
     INLINE void add(const float* values, int count) {
         constexpr int CHAINS = 4, M = PACK<V>, L = M * V;  // chains of additions, which wait for each other

@@ -22,9 +22,9 @@ from .library import (
     pointers,
     threads,
 )
+from .operators import of_operation
 
 _STAGE, _POOLING, _NODE = range(3)
-_POOLINGS = {"max_pool_3x3": 1, "avg_pool_3x3": 2}  # Kind in cell.h
 
 
 def _run(part: int, like: Tensor, channels: int, backward: bool, **fields):
@@ -159,7 +159,7 @@ _pooling.register_autograd(
 
 def pooling(x, operation, *, stride=1):
     float32_only(x)
-    return _pooling(x, _POOLINGS[operation], stride)
+    return _pooling(x, of_operation(operation)[0], stride)
 
 
 @torch.library.custom_op("fpdarts::node", mutates_args=(), device_types="cpu")

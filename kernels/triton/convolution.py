@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .launch import dot_options, kernel, launch, padded, pieces
+from .launch import TRITON_DTYPE, dot_options, kernel, launch, padded, pieces
 from .statistics import leave_statistics
 
 
@@ -142,9 +142,10 @@ def convolve_dgrad_kernel(
     P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments,
-    statistics row of x (of a second stage). A segment: d offset, first instance, edges, weight offset, weight's edge
-    distance, taps, side, dilation, pad, skew. dx = (x > 0) * sum over segments.
+    """Grid (tiles of x, jobs, blocks of input channels). A job: x offset, dx offset, first segment, segments, and, for
+    rows_dgrad_kernel and its launcher, the rows of x's statistics and of its sums (of a second stage). A segment: d
+    offset, first instance, edges, weight offset, weight's edge distance, taps, side, dilation, pad, skew.
+    dx = (x > 0) * sum over segments.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
     start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
@@ -202,7 +203,7 @@ def convolve_wgrad_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of the rows, jobs, chunks of taps and input channels). A job: x offset, d offset, first instance,
-    edges, taps, side, dilation, pad, skew, offset in a part's results, statistics row of x (of a second stage).
+    edges, taps, side, dilation, pad, skew, offset in a part's results, for rows_wgrad_kernel the statistics row of x.
     partial: parts DISTANCE apart, in each a job's edges, taps, input and output channels from its offset on, 0 for
     closed edges. A later kernel sums up, part by part.
     """
@@ -322,6 +323,3 @@ def convolve_wgrad(
         **_geometry(size, out_size), EDGE=edge, DISTANCE=distance, STRIDE=stride, X_ROW=x_row, D_ROW=d_row, C_IN=c_in,
         C=c, EDGES=edges, P_IN=p_in, P=p, DTYPE=TRITON_DTYPE[x.dtype], **options,
     )  # fmt: skip
-
-
-TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

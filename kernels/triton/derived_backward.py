@@ -4,10 +4,10 @@ import torch
 
 from . import tuning
 from .depthwise import depthwise_wgrad_kernel, source_bwd_kernel
-from .derived_forward import TRITON_DTYPE, Work
+from .derived_forward import Work
 from .derived_plan import NOWHERE, Factorized
 from .join import join_reduce_kernel
-from .launch import dot_options, launch, pieces
+from .launch import TRITON_DTYPE, dot_options, launch, pieces
 from .packing import collect
 from .pointwise import pointwise_dgrad_kernel, pointwise_wgrad_kernel
 

@@ -1,17 +1,14 @@
 """The forward of a derived cell: its buffers, and the launches on them."""
 
 import torch
-import triton.language as tl
 
 from ..spec import EPSILON
 from . import tuning
 from .depthwise import arrange_kernel, depthwise_fwd_kernel
 from .derived_plan import NOWHERE, DerivedPlan
 from .join import join_fwd_kernel
-from .launch import dot_options, launch, pieces
+from .launch import TRITON_DTYPE, dot_options, launch, pieces
 from .pointwise import pointwise_fwd_kernel
-
-TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 class Work:

@@ -46,7 +46,6 @@ class Factorized:
     """A factorized reduction. d_x: offset of the gradient that it passes back."""
 
     edge: int
-    source: int
     x: tuple[int, int]
     halves: tuple[int, int]  # in params
     row: int
@@ -109,7 +108,7 @@ class DerivedPlan:
             name = f"operations.{edge}"
             halves = self.at[f"{name}.even.weight"], self.at[f"{name}.odd.weight"]
             places = self._take("space", self.m), self._take("d_space", self.m_in)
-            self.reductions.append(Factorized(edge, source, x, halves, spec.normalizations[f"{name}.norm"], *places))
+            self.reductions.append(Factorized(edge, x, halves, spec.normalizations[f"{name}.norm"], *places))
         for i, stage in enumerate(spec.stages(edge)):
             last, arranged = i == operation.stages - 1, self.arranged
             self.arranged += operation.kernel_size**2 * self.c
@@ -130,7 +129,7 @@ class DerivedPlan:
             return None
         halves = self.at[f"{name}.even.weight"], self.at[f"{name}.odd.weight"]
         raw, row = self.states[i]
-        return Factorized(NOWHERE, NOWHERE, (0, NOWHERE), halves, row, raw, 0)
+        return Factorized(NOWHERE, (0, NOWHERE), halves, row, raw, 0)
 
     # --- Tables ---
 

@@ -35,9 +35,8 @@ class Forward:
         if is_counting():
             flat = [value != 0 for row in gates.tolist() for value in row] if gates.device.type == "cpu" else None
             self.open_on_host = p.open_instances(flat)
-        self.bytes = {torch.float32: 4, torch.bfloat16: 2}[dtype]
-        self.block = {"C": p.c, "P": padded(p.c), "BLOCK": tuning.block()}
-        self.block |= {"num_warps": 4}
+        self.bytes = dtype.itemsize
+        self.block = {"C": p.c, "P": padded(p.c), "BLOCK": tuning.block(), "num_warps": 4}
 
     # --- Counting ---
 

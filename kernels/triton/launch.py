@@ -1,4 +1,4 @@
-"""Launching kernels: counting them, compiling them beforehand, and the block shapes that they are launched with."""
+"""Launching kernels: counting them, compiling them beforehand, and what all launchers need."""
 
 import os
 from collections import Counter
@@ -96,6 +96,9 @@ def padded(channels: int) -> int:
 
 def pieces(count: int, size: int) -> int:
     return -(-count // size)
+
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 def dot_options(dtype: torch.dtype) -> dict:

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .convolution import TRITON_DTYPE, activate, open_edges, tap_and_channel
-from .launch import both, dot_options, kernel, launch, padded, pieces
+from .convolution import activate, open_edges, tap_and_channel
+from .launch import TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
 from .statistics import leave_statistics, leave_sums
 
 
