@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from fpdarts.kernels.triton import timed
 from fpdarts.kernels.triton.launch import padded, pieces
-from fpdarts.kernels.triton.rows import rows_tiles, wgrad_grid
+from fpdarts.kernels.triton.rows import rows_tiles
+from fpdarts.kernels.triton.rows_wgrad import wgrad_grid
 
 from benchmarks import aot
 

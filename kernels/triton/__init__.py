@@ -1,10 +1,10 @@
 """The Triton back end, for NVIDIA GPUs. Contracts of the functions are in ``fpdarts.kernels``.
 
 Read in this order: driver.py (a cell: what runs when), forward.py and backward.py (the launches), layout.py and plan.py
-(where everything lies, and the tables of jobs), packing.py, convolution.py, rows.py, pools.py, mixture.py and
-statistics.py (the kernels), launch.py and tuning.py (how they are launched), parts.py (a cell's parts as functions).
-Then derived cells in the same order: derived.py, derived_forward.py and derived_backward.py, derived_plan.py,
-affine.py, depthwise.py, pointwise.py and join.py.
+(where everything lies, and the tables of jobs), packing.py, convolution.py, rows.py, rows_wgrad.py, pools.py,
+mixture.py and statistics.py (the kernels), launch.py and tuning.py (how they are launched), parts.py (a cell's parts as
+functions). Then derived cells in the same order: derived.py, derived_forward.py and derived_backward.py,
+derived_plan.py, affine.py, depthwise.py, pointwise.py and join.py.
 
 All kernels and their wrappers load at the first call: the package can be imported, and says why it cannot run, where
 triton is not installed.

@@ -9,7 +9,8 @@ from .forward import Forward
 from .launch import launch, padded, pieces
 from .mixture import draw_kernel, mix_bwd_kernel, node_reduce_kernel, state_bwd_kernel
 from .packing import collect, unpack
-from .rows import rows_dgrad, rows_wgrad
+from .rows import rows_dgrad
+from .rows_wgrad import rows_wgrad
 from .statistics import merge_sums
 
 

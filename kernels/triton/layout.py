@@ -83,10 +83,17 @@ class Layout:
         at, end = {}, 0
         for v in self.convolutions:
             at[v.name] = end
-            end += self.edges * v.taps * self.c * self.c
+            end += self.edges * self.dense_size(v)
         at["preprocess0"] = end
         at["end"] = end + (2 * self.spec.input_channels[0] * self.c * self.k if self.spec.factorized_input else 0)
         return at
+
+    def dense_size(self, v: Convolution) -> int:
+        """Of an edge's dense weight."""
+        return v.taps * self.c * self.c
+
+    def dense(self, v: Convolution, row: int) -> int:
+        return self.dense_at[v.name] + row * self.dense_size(v)
 
     def preprocess_weight(self, i: int) -> tuple[bool, int]:
         """(whether it lies with the dense weights, where)."""
@@ -101,6 +108,10 @@ class Layout:
 
     def raw(self, instance: int) -> int:
         return self.raw_start + (instance - 2 * self.k) * self.slice
+
+    def raw_gradient(self, instance: int) -> int:
+        """Gradients of raw outputs have a buffer of their own."""
+        return self.raw(instance) - self.raw_start
 
     def bypass(self, source: int, s: int) -> int:
         return self.bypass_start + (source * self.k + s) * self.slice

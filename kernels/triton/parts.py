@@ -10,7 +10,8 @@ from .launch import launch, padded, pieces
 from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
 from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
-from .rows import forward_options, rows_dgrad, rows_fwd, rows_tiles, rows_wgrad, rows_wgrad_parts
+from .rows import forward_options, rows_dgrad, rows_fwd, rows_tiles
+from .rows_wgrad import rows_wgrad, rows_wgrad_parts
 from .statistics import merge_statistics, moments_kernel
 
 EDGES = 4  # of one job, as in a cell

@@ -10,7 +10,8 @@ from .convolution import wgrad_parts
 from .launch import padded
 from .layout import Layout
 from .pools import AVERAGE, BYPASS, MAXIMUM
-from .rows import data_gradient_options, forward_options, rows_tiles, rows_wgrad_parts
+from .rows import data_gradient_options, forward_options, rows_tiles
+from .rows_wgrad import rows_wgrad_parts
 
 ALWAYS, NEVER = -2, -1  # in the table of what opens a row of the statistics
 
@@ -106,7 +107,7 @@ class Plan(Layout):
                     jobs.append([
                         0, self.weight_at[v.depthwise] + row * v.taps * self.c,
                         self.weight_at[v.pointwise] + row * self.c * self.c,
-                        v.taps, self.dense_at[v.name] + row * v.taps * self.c * self.c, 0, 0, 0,
+                        v.taps, self.dense(v, row), 0, 0, 0,
                     ])  # fmt: skip
         found = [(v.name, self.c, self.c, self.spec.strided_rows) for v in self.convolutions if v.skew]
         if self.spec.factorized_input:
@@ -122,11 +123,10 @@ class Plan(Layout):
             rows = self.spec.rows_by_source[source]
             for v in self.convolutions:
                 if v.stage == 0 and self.has_row(v, rows.start):
-                    weight_edge = v.taps * self.c * self.c
                     first = v.first + rows.start
                     jobs.append([
-                        self.state(source, v.path), self.dense_at[v.name] + rows.start * weight_edge, weight_edge,
-                        *v.geometry, first, self.raw(first), len(rows), 0,
+                        self.state(source, v.path), self.dense(v, rows.start), self.dense_size(v), *v.geometry, first,
+                        self.raw(first), len(rows), 0,
                     ])  # fmt: skip
         return jobs
 
@@ -136,10 +136,10 @@ class Plan(Layout):
             for row in self.spec.rows_by_source[source]:
                 for v in self.convolutions:
                     if v.stage == 1:
-                        weight_edge, before = v.taps * self.c * self.c, self.stage_before(v) + row
+                        before = self.stage_before(v) + row
                         jobs.append([
-                            self.raw(before), self.dense_at[v.name] + row * weight_edge, weight_edge, *v.geometry,
-                            v.first + row, self.raw(v.first + row), 1, before,
+                            self.raw(before), self.dense(v, row), self.dense_size(v), *v.geometry, v.first + row,
+                            self.raw(v.first + row), 1, before,
                         ])  # fmt: skip
         return jobs
 
@@ -198,9 +198,8 @@ class Plan(Layout):
         jobs, parts = [], []
 
         def add(instance, sources):
-            place = self.raw(instance)
-            d = place - self.raw_start
-            jobs.append([place, d, instance, instance, instance, len(parts), len(sources)])
+            d = self.raw_gradient(instance)
+            jobs.append([self.raw(instance), d, instance, instance, instance, len(parts), len(sources)])
             parts.extend(sources)
 
         for source in group:
@@ -218,10 +217,8 @@ class Plan(Layout):
         """Normalizations between the two stages; the gradient lies where its own is to go."""
         jobs, parts = [], []
         for instance in self.between(group):
-            place = self.raw(instance)
-            d = place - self.raw_start
-            sums = self.instance_sums + 2 * instance
-            jobs.append([place, d, instance, instance, instance, len(parts), 1])
+            d, sums = self.raw_gradient(instance), self.instance_sums + 2 * instance
+            jobs.append([self.raw(instance), d, instance, instance, instance, len(parts), 1])
             parts.append([d, self.one, sums, sums + 1])
         return jobs, parts
 
@@ -237,12 +234,12 @@ class Plan(Layout):
             for row in self.spec.rows_by_source[source]:
                 for v in self.convolutions:
                     if v.stage == 1:
-                        before, weight_edge = self.stage_before(v) + row, v.taps * self.c * self.c
-                        d = self.raw(before) - self.raw_start
+                        before = self.stage_before(v) + row
+                        d = self.raw_gradient(before)
                         jobs.append([self.raw(before), d, len(segments), 1, before, self.instance_sums + 2 * before])
                         segments.append([
-                            self.raw(v.first + row) - self.raw_start, v.first + row, 1,
-                            self.dense_at[v.name] + row * weight_edge, weight_edge, *v.geometry,
+                            self.raw_gradient(v.first + row), v.first + row, 1, self.dense(v, row), self.dense_size(v),
+                            *v.geometry,
                         ])  # fmt: skip
         return jobs, segments
 
@@ -256,10 +253,10 @@ class Plan(Layout):
                 start = len(segments)
                 for v in self.convolutions:
                     if v.stage == 0 and v.path == path and self.has_row(v, rows.start):
-                        weight_edge, first = v.taps * self.c * self.c, v.first + rows.start
+                        first = v.first + rows.start
                         segments.append([
-                            self.raw(first) - self.raw_start, first, len(rows),
-                            self.dense_at[v.name] + rows.start * weight_edge, weight_edge, *v.geometry,
+                            self.raw_gradient(first), first, len(rows), self.dense(v, rows.start), self.dense_size(v),
+                            *v.geometry,
                         ])  # fmt: skip
                 if len(segments) > start:
                     jobs.append([
@@ -281,7 +278,7 @@ class Plan(Layout):
                     if path == s:
                         instance = self.spec.statistics[name][source]
                         mode = MAXIMUM if name.startswith("max") else AVERAGE
-                        poolings.append([self.raw(instance) - self.raw_start, self.index(source), mode, instance])
+                        poolings.append([self.raw_gradient(instance), self.index(source), mode, instance])
                 convolved = rows and any(
                     v.stage == 0 and v.path == s and self.has_row(v, rows.start) for v in self.convolutions
                 )
@@ -339,10 +336,10 @@ class Plan(Layout):
             rows = self.spec.rows_by_source[source]
             for v in self.convolutions:
                 if v.stage == 0 and self.has_row(v, rows.start):
-                    first, weight_edge = v.first + rows.start, v.taps * self.c * self.c
+                    first = v.first + rows.start
                     jobs.append([
-                        self.state(source, v.path), self.raw(first) - self.raw_start, first, len(rows), *v.geometry,
-                        self.dense_at[v.name] + rows.start * weight_edge, 0,
+                        self.state(source, v.path), self.raw_gradient(first), first, len(rows), *v.geometry,
+                        self.dense(v, rows.start), 0,
                     ])  # fmt: skip
         return jobs
 
@@ -351,27 +348,26 @@ class Plan(Layout):
         for row in range(self.edges):
             for v in self.convolutions:
                 if v.stage == 1:
-                    before, weight_edge = self.stage_before(v) + row, v.taps * self.c * self.c
+                    before = self.stage_before(v) + row
                     jobs.append([
-                        self.raw(before), self.raw(v.first + row) - self.raw_start, v.first + row, 1, *v.geometry,
-                        self.dense_at[v.name] + row * weight_edge, before,
+                        self.raw(before), self.raw_gradient(v.first + row), v.first + row, 1, *v.geometry,
+                        self.dense(v, row), before,
                     ])  # fmt: skip
         return jobs
 
     def collect_jobs(self):
         """In place: the sum goes where the first part was."""
-        jobs, c = [], self.c
+        jobs = []
         for which, sources, parts, distance, start in self.weight_gradients[0]:
             if isinstance(which, str):
                 jobs.append([start, distance, parts, start, distance])
                 continue
             rows = self.rows_of(sources) if which == 0 else range(self.edges)
             for v in self.convolutions:
-                each = v.taps * c * c
                 for row in rows:
                     if v.stage == which and self.has_row(v, row):
-                        at = start + self.dense_at[v.name] + row * each
-                        jobs.append([at, each, parts, at, distance])
+                        at = start + self.dense(v, row)
+                        jobs.append([at, self.dense_size(v), parts, at, distance])
         return jobs
 
     def contract_jobs(self):
@@ -380,12 +376,11 @@ class Plan(Layout):
             rows = self.rows_of(sources) if which == 0 else range(self.edges)
             for v in self.convolutions:
                 if v.stage == which and not v.skew:
-                    each = v.taps * self.c * self.c
                     for row in rows:
                         jobs.append([
                             0, self.weight_at[v.depthwise] + row * v.taps * self.c,
                             self.weight_at[v.pointwise] + row * self.c * self.c,
-                            v.taps, start + self.dense_at[v.name] + row * each, 0, 0, 0, 0, 0,
+                            v.taps, start + self.dense(v, row), 0, 0, 0, 0, 0,
                         ])  # fmt: skip
         return jobs
 
@@ -395,7 +390,7 @@ class Plan(Layout):
             if which == 0 and self.strided and sources == (0, 1):
                 for v in self.convolutions:
                     if v.skew:
-                        at = start + self.dense_at[v.name]
+                        at = start + self.dense(v, 0)
                         for tap, (half, first, columns) in enumerate(
                             (("even", 0, c // 2), ("odd", c // 2, c - c // 2))
                         ):

@@ -21,7 +21,7 @@ from .statistics import leave_statistics, leave_sums
 
 
 @triton.jit
-def _place(tile, IMAGES, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr):
+def place_of(tile, IMAGES, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr):
     """Of a tile: its first row, and the image, x and whether there is one, of its columns."""
     blocks: tl.constexpr = (H + TALL - 1) // TALL
     i = tile // blocks * BLOCK + tl.arange(0, BLOCK)
@@ -29,7 +29,7 @@ def _place(tile, IMAGES, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _zeros(BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr):
+def zero_totals(BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr):
     totals = ()
     for _ in tl.static_range(TALL):
         totals = totals + (tl.zeros([BLOCK, COLUMNS], tl.float32),)
@@ -37,7 +37,7 @@ def _zeros(BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr):
 
 
 @triton.jit
-def _row(pointer, mask, y, H: tl.constexpr, DISTANCE: tl.constexpr, i: tl.constexpr, OTHER: tl.constexpr):
+def load_row(pointer, mask, y, H: tl.constexpr, DISTANCE: tl.constexpr, i: tl.constexpr, OTHER: tl.constexpr):
     return tl.load(pointer + i * DISTANCE, mask=both(both(mask, y + i >= 0), y + i < H), other=OTHER)
 
 
@@ -51,11 +51,11 @@ def _products(
     y. The next row is loaded before the products of one."""
     LOADED: tl.constexpr = TALL + DILATION * (SIDE - 1)
     OTHER: tl.constexpr = float("-inf") if NORMALIZE else 0.0  # what is 0 behind the ReLU
-    ahead = _row(pointer, mask, y, H, DISTANCE, 0, OTHER)
+    ahead = load_row(pointer, mask, y, H, DISTANCE, 0, OTHER)
     for i in tl.static_range(LOADED):
         values = ahead
         if i + 1 < LOADED:
-            ahead = _row(pointer, mask, y, H, DISTANCE, i + 1, OTHER)
+            ahead = load_row(pointer, mask, y, H, DISTANCE, i + 1, OTHER)
         if ACTIVATE:
             values = activate(values, mean, inverse, NORMALIZE, DTYPE)
         values = values.to(DTYPE)
@@ -84,7 +84,7 @@ def _forward(
     for chunk in range(0, (SIDE * P + WIDE - 1) // WIDE):
         kx, ci = tap_and_channel(chunk, P, WIDE)
         dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
-        mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
+        mask = inside[:, None] & fits[None, :] & has_pixel(x, dx, W)
         mean, inverse = 0.0, 1.0
         if NORMALIZE:
             mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)
@@ -102,7 +102,7 @@ def _forward(
 
 
 @triton.jit
-def _across(x, dx, W: tl.constexpr):
+def has_pixel(x, dx, W: tl.constexpr):
     """Whether there is a pixel at x + dx."""
     return (x[:, None] + dx[None, :]).to(tl.uint32, bitcast=True) < W
 
@@ -128,8 +128,8 @@ def rows_fwd_kernel(
     row = tl.load(jobs_ptr + 11).to(tl.int32)
     mean_ptr, inverse_ptr = mean_ptr + row * C, inverse_ptr + row * C
 
-    y, n, x, inside = _place(tile, IMAGES, H, W, BLOCK, TALL)
-    totals = _zeros(BLOCK, EDGES * P, TALL)
+    y, n, x, inside = place_of(tile, IMAGES, H, W, BLOCK, TALL)
+    totals = zero_totals(BLOCK, EDGES * P, TALL)
     for kind in tl.static_range(4):
         if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
             totals = _forward(
@@ -193,7 +193,7 @@ def _backward(
             e, co = column // P, column % P
             inner, weight_inner = e.to(tl.int64) * EDGE + co, e * weight_edge + co
             fits = (tap < x_count) & (((opened >> e) & 1) != 0) & (co < C)
-        mask = inside[:, None] & fits[None, :] & _across(x, dx, OW)
+        mask = inside[:, None] & fits[None, :] & has_pixel(x, dx, OW)
         weights = ()
         for ky in tl.static_range(COUNT):
             place = (last - ky * step) * side + x_last - tap * x_step
@@ -224,12 +224,12 @@ def rows_dgrad_kernel(
     DILATIONS: tl.constexpr = (1, 2, 1, 2) if STRIDE == 1 else (1, 1, 1, 1)
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
     start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
-    y, n, x, inside = _place(tile, IMAGES, OH, OW, BLOCK, TALL)
+    y, n, x, inside = place_of(tile, IMAGES, OH, OW, BLOCK, TALL)
     y_parity, x_parity = 0, 0
     if STRIDE == 2:
         y_parity, x_parity = tl.program_id(2) // 2 % 2, tl.program_id(2) % 2
     ci = tl.program_id(2) // (STRIDE * STRIDE) * COLUMNS + tl.arange(0, COLUMNS)
-    totals = _zeros(BLOCK, COLUMNS, TALL)
+    totals = zero_totals(BLOCK, COLUMNS, TALL)
     any_open = 0
     for s in range(start, start + count):
         segment = segments_ptr + s * 10
@@ -280,94 +280,6 @@ def rows_dgrad_kernel(
             sum_dx += tl.sum(out * value, 0)
     if NORMALIZE:
         leave_sums(partial_ptr, sum_d, sum_dx, tl.program_id(1), ci, ci < C, C)
-
-
-@triton.jit
-def _gradients(
-    x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H: tl.constexpr,
-    W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr,
-    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Of the weights of a chunk of columns of taps: a row of inputs meets all rows of outputs that it is a tap of."""
-    PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
-    kx, ci = tap_and_channel(chunk, P, WIDE)
-    dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
-    column = tl.arange(0, EDGES * P)
-    e, co = column // P, column % P
-    kept = (((opened >> e) & 1) != 0) & (co < C)
-    mean, inverse = 0.0, 1.0
-    if NORMALIZE:
-        mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)
-        inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)
-    OTHER: tl.constexpr = float("-inf") if NORMALIZE else 0.0
-    # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
-    SWAP: tl.constexpr = EDGES * P >= 64
-    totals = _zeros(EDGES * P if SWAP else WIDE, WIDE if SWAP else EDGES * P, SIDE)
-    blocks: tl.constexpr = (H + TALL - 1) // TALL
-    tiles = tl.where(opened != 0, tl.cdiv(IMAGES * W, BLOCK) * blocks, 0)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        y, n, x, inside = _place(tile, IMAGES, H, W, BLOCK, TALL)
-        place = (n * H + y) * W + x
-        where = d_ptr + e.to(tl.int64)[None, :] * EDGE + (place * D_ROW)[:, None] + co[None, :]
-        ds = ()
-        for r in tl.static_range(TALL):
-            mask = both(inside, y + r < H)[:, None] & kept[None, :]
-            ds = ds + (tl.load(where + r * W * D_ROW, mask=mask, other=0.0).to(DTYPE),)
-        mask = inside[:, None] & fits[None, :] & _across(x, dx, W)
-        pointer = x_ptr + ((place - PAD * W) * X_ROW)[:, None] + (dx * X_ROW + ci)[None, :]
-        ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, 0, OTHER)
-        for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
-            values = ahead
-            if i + 1 < TALL + DILATION * (SIDE - 1):
-                ahead = _row(pointer, mask, y - PAD, H, W * X_ROW, i + 1, OTHER)
-            values = activate(values, mean, inverse, NORMALIZE, DTYPE)
-            changed = ()
-            for ky in tl.static_range(SIDE):
-                total = totals[ky]
-                if i >= ky * DILATION and i - ky * DILATION < TALL:
-                    d = ds[i - ky * DILATION]
-                    if SWAP:
-                        total = tl.dot(tl.trans(d), values, total, input_precision=PRECISION)
-                    else:
-                        total = tl.dot(tl.trans(values), d, total, input_precision=PRECISION)
-                changed = changed + (total,)
-            totals = changed
-    outputs, inputs = e * (SIDE * SIDE * C * C) + co, (kx * C + ci) * C
-    real = (e < edges) & (co < C)
-    where = outputs[:, None] + inputs[None, :] if SWAP else inputs[:, None] + outputs[None, :]
-    mask = real[:, None] & fits[None, :] if SWAP else fits[:, None] & real[None, :]
-    for ky in tl.static_range(SIDE):
-        tl.store(partial_ptr + where + ky * SIDE * C * C, totals[ky], mask=mask)
-
-
-@kernel
-def rows_wgrad_kernel(
-    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr, W: tl.constexpr,
-    EDGE, DISTANCE, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
-    NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """As convolve_wgrad_kernel. Grid (parts of the tiles, jobs, chunks of columns of taps and input channels)."""
-    jobs_ptr += tl.program_id(1) * 11
-    chunk = tl.program_id(2)
-    side, dilation = tl.load(jobs_ptr + 5).to(tl.int32), tl.load(jobs_ptr + 6).to(tl.int32)
-    if chunk * WIDE >= side * P:
-        return
-    edges = tl.load(jobs_ptr + 3).to(tl.int32)
-    opened = open_edges(opened_ptr, tl.load(jobs_ptr + 2).to(tl.int32), edges, EDGES)
-    x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
-    d_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
-    row = tl.load(jobs_ptr + 10).to(tl.int32)
-    mean_ptr, inverse_ptr = mean_ptr + row * C, inverse_ptr + row * C
-    partial_ptr += tl.program_id(0).to(tl.int64) * DISTANCE + tl.load(jobs_ptr + 9)
-    for kind in tl.static_range(4):
-        if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
-            _gradients(
-                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W,
-                3 + kind // 2 * 2, 1 + kind % 2, X_ROW, D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION,
-                DTYPE,
-            )  # fmt: skip
 
 
 def rows_tiles(n: int, size: tuple[int, int], options: dict) -> int:
@@ -426,40 +338,3 @@ def rows_dgrad(
         DTYPE=TRITON_DTYPE[dx.dtype], **options,
     )  # fmt: skip
     return count
-
-
-def _wgrad_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
-    options = dot_options(dtype)
-    return options | tuning.rows_weight_gradient(
-        padded(c), padded(edges) * padded(c), width, options["PRECISION"], dtype.itemsize
-    )
-
-
-def wgrad_grid(tiles: int, jobs: int, c: int, side: int, options: dict) -> tuple[int, int, int]:
-    """As many parts as let its programs fill the chip. side: the largest of any job."""
-    chunks = pieces(side * padded(c), options["WIDE"])
-    programs = tuning.KNOBS["programs"] * 4 // options["num_warps"]
-    return max(1, min(tiles, pieces(programs, jobs * chunks))), jobs, chunks
-
-
-def rows_wgrad_parts(
-    n: int, size: tuple[int, int], c: int, edges: int, side: int, jobs: int, dtype: torch.dtype
-) -> int:  # fmt: skip
-    """As convolution.wgrad_parts."""
-    options = _wgrad_options(c, edges, size[1], dtype)
-    return wgrad_grid(rows_tiles(n, size, options), jobs, c, side, options)[0]
-
-
-def rows_wgrad(
-    d: Tensor, x: Tensor, partial: Tensor, normalizing: dict[str, Tensor], opened: Tensor, jobs: Tensor, *, n: int,
-    size: tuple[int, int], x_row: int, d_row: int, edge: int, c: int, edges: int, side: int, normalize: bool,
-    parts: int, distance: int, moved: float,
-):  # fmt: skip
-    """As convolve_wgrad."""
-    options = _wgrad_options(c, edges, size[1], x.dtype)
-    tensors = {"d_ptr": d, "x_ptr": x, "partial_ptr": partial, **normalizing, "opened_ptr": opened, "jobs_ptr": jobs}
-    launch(
-        rows_wgrad_kernel, (parts, len(jobs), pieces(side * padded(c), options["WIDE"])), tensors, moved, IMAGES=n,
-        H=size[0], W=size[1], EDGE=edge, DISTANCE=distance, X_ROW=x_row, D_ROW=d_row, C=c, EDGES=padded(edges),
-        NORMALIZE=normalize, P=padded(c), DTYPE=TRITON_DTYPE[x.dtype], **options,
-    )  # fmt: skip
