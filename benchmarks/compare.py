@@ -55,6 +55,11 @@ class Options:
     """Write the result, with machine, versions, commit and command, to this file; a bare name to benchmarks/results."""
 
 
+def names_of(options) -> list[str]:
+    """Of the sides; baselines may also have commas between them."""
+    return [options.kernels, *(name for given in options.against for name in given.split(","))]
+
+
 def setting_of(options) -> Setting:
     """What the options leave open is the case's default."""
     given = {f.name: getattr(options, f.name, None) for f in fields(Setting)}
@@ -170,6 +175,7 @@ def show(result: dict) -> str:
         f"limits of {limit['device']}, {limit['threads']} threads: {limit['flops_per_second'] / 1e9:.0f} GFLOP/s"
         + (f" ({limit['scaling']:.2f} times one thread's)" if limit["scaling"] else "")
         + f", {limit['bytes_per_second'] / 1e9:.1f} GB/s",
+        *(["this machine is busy with something else: shares of its limits mean little"] if limit["disturbed"] else []),
         f"{'side':20s} {'seconds':>10s} {'(low':>9s} {'high)':>9s} {'GFLOP/s':>9s} {'GB/s':>8s} {'limit':>6s} "
         f"{'memory':>9s}  over {result['kernels']} (low, high)",
     ]
@@ -188,7 +194,7 @@ def main(options: Options) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     setting = setting_of(options)
-    result = compare(options.what, [options.kernels, *options.against], setting, options.rounds, options.memory)
+    result = compare(options.what, names_of(options), setting, options.rounds, options.memory)
     if options.out:
         report.write(options.out, result, setting.device)
     return result

@@ -16,6 +16,7 @@ with tiny shapes.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -32,9 +33,9 @@ PARTS = {
     "compile": 420,
     "check-fp32": 240,
     "check-bf16": 240,
-    "kernels": 180,
     "tuning": 240,
     "steps-bf16": 420,  # right with the blocks that were found?
+    "kernels": 180,
     "search": 420,
     "retrain-steps": 420,
     "loading": 150,
@@ -74,7 +75,7 @@ def compile_kernels(options):
         if all(aot.binary(job) and hits[-1] for job in jobs[::100]):
             print(f"{len(jobs)} configurations, compiled elsewhere")
             return {"jobs": len(jobs), "errors": [], "precompiled": options.precompiled}
-    errors = precompile.compile_all(jobs)
+    _, errors = precompile.compile_all(jobs)
     print(f"{len(jobs)} configurations; {errors[:10] or 'all compile'}")
     return {"jobs": len(jobs), "errors": errors}
 
@@ -324,15 +325,20 @@ def _run_part(part, options, out, left) -> dict:
     for name in ("data", "precompiled"):
         command += [f"--{name}", getattr(options, name)] * bool(getattr(options, name))
     command += ["--dry-run"] * options.dry_run
-    variables = {**os.environ, "TRITON_INTERPRET": "1"} if options.dry_run else dict(os.environ)
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what it has told when its time is over is in the log
+    if options.dry_run:
+        variables["TRITON_INTERPRET"] = "1"
     log, start = out / f"{part}.log", time.perf_counter()
     with log.open("w") as stream:
+        child = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+        )  # fmt: skip
         try:
-            code = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=variables, timeout=left
-            ).returncode
+            code = child.wait(left)
         except subprocess.TimeoutExpired:
             code = "timed out"
+            os.killpg(child.pid, signal.SIGKILL)  # its compilers too: they would go on beside the next part
+            child.wait()
     tail = log.read_text().splitlines()
     print(f"== {part}: {'done' if code == 0 else code} in {time.perf_counter() - start:.0f} s", flush=True)
     print("\n".join(tail[-40:] if code == 0 else tail[-25:]), flush=True)
@@ -350,9 +356,9 @@ def main(options):
         partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
         partial.replace(target)
         return 0
+    deadline, ran = time.perf_counter() + 60 * options.minutes, {}
     if options.precompiled:
         unpack(Path(options.precompiled), Path(triton.knobs.cache.dir))
-    deadline, ran = time.perf_counter() + 60 * options.minutes, {}
     parts = options.parts.split(",") if options.parts else [part for part in PARTS if part not in SKIPPED]
     for part in parts:
         if part not in PARTS:

@@ -30,8 +30,12 @@ class Limits:
         arithmetic = work.flops / self.flops_per_second > work.bytes(element_size) / self.bytes_per_second
         return "arithmetic peak" if arithmetic else "copy bandwidth"
 
+    @property
+    def disturbed(self) -> bool:
+        return self.scaling is not None and self.scaling < 0.75 * self.threads
+
     def as_dict(self) -> dict:
-        return asdict(self)
+        return asdict(self) | {"disturbed": self.disturbed}
 
 
 def synchronize(device: str):

@@ -48,19 +48,23 @@ def _checked(arch: int) -> list[dict]:
     return [aot.specialized(launch, arch) for launch in launched.all]
 
 
-def compile_all(jobs: list[dict]) -> list[str]:
-    """Into Triton's cache, on all cores; returns what did not compile, and why."""
+def compile_all(jobs: list[dict]) -> tuple[set[Path], list[str]]:
+    """Into Triton's cache, on all cores; returns where there, and what did not compile, and why."""
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        errors = list(pool.map(_error, jobs, chunksize=4))
-    return [f"{job['kernel']} {job['configuration']}: {error}" for job, error in zip(jobs, errors) if error]
+        found = list(pool.map(_compiled, jobs, chunksize=4))
+    errors = [f"{job['kernel']} {job['configuration']}: {error}" for job, (_, error) in zip(jobs, found) if error]
+    return {folder for folder, _ in found if folder}, errors
 
 
-def _error(job: dict) -> str | None:
+def _compiled(job: dict) -> tuple[Path | None, str | None]:
+    """(its folder in the cache, why there is none)."""
+    from triton.runtime.cache import get_cache_manager
+
     same_keys()
     try:
-        aot.binary(job)
+        return Path(get_cache_manager(aot.binary(job).hash).cache_dir), None
     except Exception as error:  # the compiler raises many kinds
-        return f"{type(error).__name__}: {error}"[:300]
+        return None, f"{type(error).__name__}: {error}"[:300]
 
 
 @cache
@@ -90,32 +94,37 @@ def same_keys():
                 ask(value)
 
 
-def pack(cache: Path, target: Path):
+def pack(cache: Path, folders: set[Path], target: Path):
+    """Those folders of the cache: in others lie kernels of older checkouts."""
     partial = target.with_name(target.name + ".partial")
     with tarfile.open(partial, "w:xz", preset=2) as archive:  # a higher one takes minutes
-        for path in sorted(cache.rglob("*")):
+        for path in sorted(path for folder in folders for path in folder.iterdir()):
             if path.suffix in SUFFIXES:
                 archive.add(path, path.relative_to(cache))
     partial.replace(target)
 
 
 def unpack(source: Path, cache: Path):
-    """Triton writes down where its files lie: that is put right."""
+    """Once. Triton writes down where its files lie: that is put right."""
+    mark, known = cache / "precompiled", f"{source.name} {source.stat().st_size} {source.stat().st_mtime}"
+    if mark.exists() and mark.read_text() == known:
+        return
     with tarfile.open(source) as archive:
         archive.extractall(cache, filter="data")
     for path in cache.rglob("__grp__*"):
         names = json.loads(path.read_text())["child_paths"]
         path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
+    mark.write_text(known)
 
 
 def main(options):
     target = Path(options.out)
-    cache = target.parent / (target.name.removesuffix(".tar.xz") + "-cache")
-    os.environ["TRITON_CACHE_DIR"] = str(cache.absolute())
+    cache = target.parent.absolute() / (target.name.removesuffix(".tar.xz") + "-cache")
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
     same_keys()
     wanted = jobs(options.arch)
-    errors = compile_all(wanted)
-    pack(cache, target)
+    folders, errors = compile_all(wanted)
+    pack(cache, folders, target)
     print(f"{len(wanted)} configurations, {target.stat().st_size / 1e6:.1f} MB in {target}")
     print("\n".join(errors) or "all compile")
     return bool(errors)

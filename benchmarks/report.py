@@ -77,7 +77,7 @@ def command(name: str, options, main: Callable, show: Callable, description: str
     """
     import tyro  # here: on a GPU machine that has none, the functions are called directly
 
-    options = tyro.cli(options, description=description)
+    options = tyro.cli(options, prog=f"python -m benchmarks.{name}", description=description)
     try:
         result = main(options)
     except (ValueError, RuntimeError) as error:

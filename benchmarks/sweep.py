@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.compare import What, compare, setting_of
+from benchmarks.compare import What, compare, names_of, setting_of
 from benchmarks.limits import measure
 
 AXES = {"batch_size": "batch size", "init_channels": "channels C", "cells": "cells"}
@@ -50,8 +50,7 @@ def sweep(options: Options) -> dict:
         points[axis] = []
         for value in values:
             setting = replace(base, **{axis: value})
-            names = [options.kernels, *options.against]
-            result = compare(options.what, names, setting, options.rounds, memory=False, limits=limits)
+            result = compare(options.what, names_of(options), setting, options.rounds, memory=False, limits=limits)
             points[axis].append({"value": value, "seconds": result["seconds"], "ratio": result["ratio"]})
             told = ", ".join(f"{side} {s['median']:.3g} s" for side, s in result["seconds"].items())
             print(f"{AXES[axis]} {value}: {told}", file=sys.stderr, flush=True)

@@ -1,11 +1,12 @@
 """README's table of measured speed, made from benchmarks/results.
 
-python -m benchmarks.table          writes it into README.md, between its two marks
-python -m benchmarks.table --print  only prints it
+    python -m benchmarks.table [--print]
+
+Writes it into README.md, between its two marks, or prints it.
 """
 
+import argparse
 import json
-import sys
 
 from benchmarks.report import RESULTS, ROOT
 
@@ -86,7 +87,11 @@ def filled(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    if "--print" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--print", action="store_true", help="only print it")
+    if parser.parse_args().print:
         print(table())
     else:
         README.write_text(filled(README.read_text()))

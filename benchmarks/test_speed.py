@@ -85,7 +85,7 @@ def _expected(what, setting):
 
 def pytest_generate_tests(metafunc):
     options = metafunc.config.option
-    metafunc.parametrize("what, setting", _parameters())
+    metafunc.parametrize("what, setting", list(_parameters()))
     metafunc.parametrize("side", here(options.device, options.compile))  # the sides of a case follow each other
 
 

@@ -13,17 +13,18 @@ class GraphedStep:
     step: reads, besides its arguments, only what stays at its place in memory: parameters, optimizer state, a learning
         rate that is a tensor. It waits for nothing on the device. Its eager calls are real ones: nothing is repeated or
         undone, so that training is the same with and without graphs.
-    pool: memory that several graphs share, which never run at the same time.
+    sharing: another step that never runs at the same time: both use the same memory, and so are captured on one stream.
 
     Arguments are copied to where the graph reads them, and results from where it leaves them.
     """
 
     WARM_UP = 2  # calls of each batch size: kernels are compiled and chosen, optimizers make their state
 
-    def __init__(self, step: Callable[..., tuple[Tensor, ...]], pool=None):
-        self._step, self._pool = step, pool
-        self._calls, self._captured = Counter(), {}
-        self._stream = torch.cuda.Stream()  # capture needs one that is not the default
+    def __init__(self, step: Callable[..., tuple[Tensor, ...]], sharing: "GraphedStep | None" = None):
+        self._step, self._calls, self._captured = step, Counter(), {}
+        # capture needs a stream that is not the default
+        self._stream = torch.cuda.Stream() if sharing is None else sharing._stream
+        self._pool = torch.cuda.graph_pool_handle() if sharing is None else sharing._pool
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         shapes = tuple(argument.shape for argument in arguments)
@@ -48,7 +49,8 @@ class GraphedStep:
     def _capture(self, arguments):
         inputs = [argument.clone() for argument in arguments]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # "thread_local": a loader's threads may take pinned memory meanwhile, which otherwise would end the capture
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = self._step(*inputs)
         return graph, inputs, results
 

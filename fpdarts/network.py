@@ -188,7 +188,7 @@ class AuxiliaryHead(nn.Module):
         if any((size - 5) // self.stride + 1 != 2 for size in (height, width)):
             raise ValueError(
                 f"the auxiliary head meets a {height}x{width} map, but needs {self.needs}; "
-                "use such images, or build the network with auxiliary=False"
+                "use such images, or leave the head out (--auxiliary-weight 0, or auxiliary=False)"
             )
         return self.classifier(self.features(x).flatten(1))
 

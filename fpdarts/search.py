@@ -115,9 +115,8 @@ def _steps(config, model, weight_optimizer, architect, device):
         print("a second-order step is not run as a CUDA graph; both steps run without", file=sys.stderr)
     elif device.type == "cuda" and config.cuda_graphs:
         if getattr(kernels.backend(config.kernels, "cuda"), "GRAPHS", False):
-            pool = torch.cuda.graph_pool_handle()
-            step_of_weights = GraphedStep(step_of_weights, pool)
-            step_of_architecture = GraphedStep(step_of_architecture, pool)
+            step_of_weights = GraphedStep(step_of_weights)
+            step_of_architecture = GraphedStep(step_of_architecture, step_of_weights)
             return (
                 lambda batch, gates: step_of_weights(*batch, gates.to(device, non_blocking=True)),
                 lambda batch, gates, _: step_of_architecture(*batch, gates.to(device, non_blocking=True)),

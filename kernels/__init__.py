@@ -119,8 +119,16 @@ def stage(x: "Tensor", depthwise: "Tensor", pointwise: "Tensor", *, stride=1, di
     """ReLU, depthwise and pointwise convolution of E edges at once; not normalized.
 
     x: (N, c, H, W), read by all edges, or (N, E*c, H, W), a slice an edge. depthwise: (E, k, k, c), zero padding
-    dilation*(k-1)/2. pointwise: (E, c_in, c_out). Returns (N, E*c, H/stride, W/stride).
+    dilation*(k-1)/2. pointwise: (E, c_in, c_out), both c. Returns (N, E*c, H/stride, W/stride). All of one dtype.
+    Raises ValueError for a tensor of another shape.
     """
+    if depthwise.dim() != 4 or depthwise.shape[1] != depthwise.shape[2]:
+        raise ValueError(f"depthwise must have shape (edges, k, k, c), not {tuple(depthwise.shape)}")
+    edges, _, _, c = depthwise.shape
+    if tuple(pointwise.shape) != (edges, c, c):
+        raise ValueError(f"pointwise must have shape {(edges, c, c)}, not {tuple(pointwise.shape)}")
+    if x.dim() != 4 or x.shape[1] not in (c, edges * c):
+        raise ValueError(f"x must have shape (N, {c} or {edges * c}, H, W), not {tuple(x.shape)}")
     return _serving(kernels, x).stage(x, depthwise, pointwise, stride=stride, dilation=dilation)
 
 
@@ -154,8 +162,11 @@ def node(slices: Sequence[Sequence[tuple]], *, kernels="auto") -> "Tensor":
     """Sum of weighted terms in each channel slice, then the channel shuffle: out[:, K*c + g] = slices[g][:, c].
 
     slices: K sequences, none empty, of (term (N, c, H, W), coefficient: 0-dim tensor or None for 1).
-    Returns (N, K*c, H, W).
+    Returns (N, K*c, H, W). Raises ValueError for terms of different shapes.
     """
+    shapes = {tuple(term.shape) for terms in slices for term, _ in terms}
+    if len(shapes) > 1:
+        raise ValueError(f"terms of a node must have one shape, not {' and '.join(map(str, sorted(shapes)))}")
     return _serving(kernels, slices[0][0][0]).node(slices)
 
 
@@ -176,7 +187,8 @@ def cell(
     weights: as ``spec.parameters`` names and shapes them.
     operation_weights: (edges, operations), the activated alpha, operations of path 0 first.
     edge_weights: (edges,), the activated beta.
-    gates: (edges, paths), best on the CPU; 0 closes a path: it is not computed, its gradient is zero.
+    gates: (edges, paths), best on the CPU; 0 closes a path: it is not computed, its gradient is zero. No gradient flows
+        to gates.
     statistics: (mean, variance), each (rows, c), to normalize by in evaluation; None takes the batch's own.
     Returns (out (N, nodes*C, H', W'), Statistics of the batch or None in evaluation).
     Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, and for
@@ -187,6 +199,8 @@ def cell(
     expected["operation_weights"] = operation_weights, (edges, len(spec.operations))
     expected["edge_weights"] = edge_weights, (edges,)
     expected["gates"] = gates, (edges, spec.paths)
+    for table, name in zip(statistics or (), ("mean", "variance")):
+        expected[f"{name} of the statistics"] = table, (spec.statistics_rows, spec.slice_channels)
     _check_shapes(spec, inputs, expected)
     _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
     module = _serving(kernels, inputs[0])
@@ -235,6 +249,17 @@ def _check_shapes(spec, inputs, expected):
     for i, (x, channels) in enumerate(zip(inputs, spec.input_channels, strict=True)):
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"input {i} must have shape (N, {channels}, H, W), not {tuple(x.shape)}")
+    if inputs[0].shape[0] != inputs[1].shape[0]:
+        raise ValueError(f"the inputs of a cell have {inputs[0].shape[0]} and {inputs[1].shape[0]} images")
+
+
+def require_stage(kernel: int, dilation: int, stride: int):
+    """Raises ValueError for a stage that is in no operation, which only the reference computes."""
+    if kernel not in (3, 5) or dilation not in (1, 2) or stride not in (1, 2):
+        raise ValueError(
+            f"a stage of kernel size {kernel}, dilation {dilation} and stride {stride} is in no operation; "
+            "use --kernels reference"
+        )
 
 
 def require_even(size: tuple[int, int], what: str):

@@ -188,7 +188,7 @@ def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statisti
     order = list(spec.source_order)
     gate_list = gates.tolist()
     is_open = [[gate_list[e][p] != 0 for e in order] for p in range(spec.paths)]  # [path][row]
-    scales, through = _coefficients(spec, operation_weights, edge_weights, gates.to(edge_weights))
+    scales, through = _coefficients(spec, operation_weights, edge_weights, gates.detach().to(edge_weights))
 
     normalizer = _Normalizer(spec, edge_weights.dtype, statistics)
     states = [_preprocess(spec, i, x, weights, normalizer) for i, x in enumerate(inputs)]

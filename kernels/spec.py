@@ -82,12 +82,14 @@ class CellSpec:
     factorized_input: bool = False
 
     def __post_init__(self):
-        if self.channels % self.partial:
+        if self.partial < 1 or self.channels % self.partial:
             raise ValueError(
                 f"{self.channels} channels cannot be cut into {self.partial} equal slices (partial={self.partial})"
             )
         if len(self.subsets) > self.partial:
             raise ValueError(f"{len(self.subsets)} paths need as many slices, but partial={self.partial}")
+        if not all(self.subsets):
+            raise ValueError("every path needs operations to choose from, but one of subsets is empty")
         for name, attribute in vars(CellSpec).items():
             if isinstance(attribute, cached_property):
                 getattr(self, name)  # now: torch.compile cannot trace the lock around the first time

@@ -164,6 +164,8 @@ def cell(
     for name, parameter in spec.parameters.items():
         inputs[name] = torch.empty(parameter.shape).uniform_(-parameter.bound, parameter.bound)
     inputs |= {"operation_weights": torch.rand(edges, len(spec.operations)), "edge_weights": torch.rand(edges)}
+    if options.get("weightless"):
+        inputs["operation_weights"][:, ::2] = inputs["edge_weights"][0] = 0
     opened = GateSampler(1, edges, paths, seed=2).sample()[0]
     if gates == "an edge each":
         opened = torch.tensor([*GATES.values()])
@@ -205,6 +207,7 @@ SETTINGS = {
     "factorized input of a reduction": dict(factorized=True, reduction=True),
     "K = 4": dict(channels=16, partial=4),
     "K = 4, reduction": dict(channels=16, partial=4, reduction=True),
+    "K = 3, some weights are 0": dict(channels=12, partial=3, gates="both", size=(4, 4), weightless=True),
     "C/K = 3": dict(channels=6),
     "C/K = 5, reduction": dict(channels=10, reduction=True),
     "C/K = 16": dict(channels=32, nodes=1),

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +194,24 @@ def test_profile_of_eager_agrees_with_an_independent_count():
 def test_profile_refuses_what_it_cannot_count():
     with pytest.raises(ValueError, match="compile cannot be counted"):
         profile.main(profile.Options("compile"))
+
+
+def test_the_gpu_script_s_dry_check_is_small(monkeypatch):
+    """It says so to the module that reads it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks import gpu
+    from fpdarts import check as checking
+    from fpdarts import check_cases
+
+    asked = []
+    for name in ("SHAPES", "DERIVED_SHAPES"):
+        monkeypatch.setattr(check_cases, name, getattr(check_cases, name))  # put back afterwards
+    monkeypatch.setattr(checking, "operations", checking.operations)
+    monkeypatch.setattr(checking, "check_kernels", lambda *given: asked.append((given, checking.operations())))
+    gpu.check(SimpleNamespace(dry_run=True, device="cpu"), "off")
+    ((given, operations),) = asked
+    assert given == ("triton", "cpu", "off") and len(operations) == 4
+    assert {case.setting for case in operations["node"]} == {"C/K=2, K=2, 4x4"}
 
 
 def test_sweep_writes_and_draws(tmp_path):

@@ -30,7 +30,7 @@ def pretended(monkeypatch):
     """GraphedStep on the CPU."""
 
     @contextmanager
-    def capture(graph, pool, stream):
+    def capture(graph, pool, stream, capture_error_mode):
         Recorded.captures += 1
         yield
 
@@ -40,7 +40,8 @@ def pretended(monkeypatch):
 
     Recorded.captures = Recorded.replays = 0
     for name, value in {
-        "CUDAGraph": Recorded, "Stream": Stream, "current_stream": Stream, "stream": on, "graph": capture
+        "CUDAGraph": Recorded, "Stream": Stream, "current_stream": Stream, "stream": on, "graph": capture,
+        "graph_pool_handle": object,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     original = graphs.GraphedStep._capture
@@ -70,6 +71,13 @@ def test_the_last_batch_of_an_epoch_has_a_graph_of_its_own(pretended):
         assert step(torch.ones(8))[0] == 8
         assert step(torch.ones(5))[0] == 5
     assert Recorded.captures == 2
+
+
+def test_steps_that_share_memory_share_a_stream(pretended):
+    """PyTorch's allocator keeps memory of different streams apart."""
+    first = graphs.GraphedStep(lambda x: (x.sum(),))
+    second = graphs.GraphedStep(lambda x: (x.sum(),), first)
+    assert (second._stream, second._pool) == (first._stream, first._pool)
 
 
 def test_learning_rate_stays_at_its_place():

@@ -206,12 +206,113 @@ def test_a_stage_without_images_or_pixels_is_empty(name):
     assert not torch.autograd.grad(out.sum(), depthwise)[0].any()
 
 
-def test_a_batch_of_no_images_is_refused():
+def test_a_map_of_no_width_is_empty():
+    x, weights = torch.randn(1, 4, 4, 0, requires_grad=True), (torch.randn(2, 3, 3, 4), torch.randn(2, 4, 4))
+    out = kernels.stage(x, *weights, kernels="native")
+    out.sum().backward()
+    assert out.shape == (1, 8, 4, 0) and x.grad.shape == x.shape
+    spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 1)
+    table = spec.statistics_rows, spec.slice_channels
+    for size in ((4, 0), (0, 4)):
+        given = *arguments(spec, size=size), (torch.zeros(table), torch.ones(table))
+        kernels.cell(spec, *given, kernels="native")[0].sum().backward()
+        assert not given[2].grad.any()
+
+
+def test_a_batch_of_no_images_is_refused_but_in_evaluation():
     spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 1)
     inputs, *others = arguments(spec)
-    empty = tuple(x.detach()[:0] for x in inputs)
+    empty = tuple(x.detach()[:0].requires_grad_() for x in inputs)
     with pytest.raises(ValueError, match="at least two values a channel"):
         kernels.cell(spec, empty, *others, kernels="native")
+    table = spec.statistics_rows, spec.slice_channels
+    out, _ = kernels.cell(spec, empty, *others, (torch.zeros(table), torch.ones(table)), kernels="native")
+    out.sum().backward()
+    assert empty[0].grad.shape == (0, 8, 8, 8) and not others[0]["preprocess0"].grad.any()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_pytorch_s_default_dtype_does_not_matter(default):
+    spec = CellSpec(64, (16, 16), 2, DEFAULT_SUBSETS, 1)
+    given = arguments(spec, 33, (16, 16))  # whose output is of memory that is kept
+    expected = results("native", spec, given, torch.float32)
+    torch.set_default_dtype(default)
+    try:
+        actual = results("native", spec, given, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_a_first_pixel_far_off_costs_no_digits():
+    spec = CellSpec(8, (4, 4), 1, (("none", "max_pool_3x3"),), 1)
+    inputs, *others = arguments(spec, size=(112, 112))
+    x = inputs[0].detach().abs() * 0.01 + 5
+    x[:, :, 0, 0] = 30.0
+    given = (x, inputs[1]), *others
+    expected, actual = (
+        kernels.cell(
+            spec, tuple(x.to(dtype) for x in given[0]), weights, *(t.to(dtype) for t in others[1:]), kernels=k
+        )[1]
+        for k, dtype, weights in (
+            ("reference", torch.float64, {name: w.double() for name, w in others[0].items()}),
+            ("native", torch.float32, others[0]),
+        )
+    )
+    torch.testing.assert_close(actual.variance.double(), expected.variance, rtol=1e-5, atol=1e-12)
+
+
+def test_minus_infinity_is_a_maximum_where_there_is_no_other():
+    x = torch.full((1, 8, 4, 4), float("-inf"))
+    assert torch.equal(kernels.pooling(x, "max_pool_3x3", kernels="native"), x)
+
+
+def test_a_stage_that_is_in_no_operation_is_refused():
+    x, pointwise = torch.ones(1, 4, 9, 9), torch.ones(1, 4, 4)
+    for k, options in ((7, {}), (3, {"dilation": 3}), (3, {"stride": 3})):
+        with pytest.raises(ValueError, match="is in no operation; use --kernels reference"):
+            kernels.stage(x, torch.ones(1, k, k, 4), pointwise, **options, kernels="native")
+    with pytest.raises(ValueError, match="pointwise must be float32"):
+        kernels.stage(x, torch.ones(1, 3, 3, 4), pointwise.double(), kernels="native")
+
+
+def test_a_gradient_that_nobody_sends_is_none():
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d):
+            return None
+
+    spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 1)
+    given = arguments(spec)
+    Ends.apply(kernels.cell(spec, *given, kernels="native")[0]).sum().backward()
+    assert given[0][0].grad is None
+
+
+def test_too_little_memory_in_c_is_an_error_in_python():
+    asked = library.PartArguments(part=2, backward=True, threads=2, images=1, channels=8, height=1, width=1)
+    asked.stride, asked.partial, asked.count = 1, 1, 1 << 60
+    with pytest.raises(MemoryError, match="use a smaller batch"):
+        library.library().fpdarts_part(asked)
+
+
+def test_torch_compile_takes_inputs_and_weights_of_any_layout():
+    spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 1)
+    (x0, x1), weights, *others = arguments(spec, size=(4, 4))
+    flat = x0.detach().reshape(2, -1).requires_grad_()
+
+    def run(flat):
+        turned = weights | {"preprocess0": weights["preprocess0"].t()}
+        return kernels.cell(spec, ((flat * 1).view(2, 8, 4, 4), x1), turned, *others, kernels="native")[0]
+
+    leaves = flat, weights["preprocess0"]
+    expected = torch.autograd.grad(run(flat).square().sum(), leaves)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(flat).square().sum(), leaves), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int32])
@@ -281,6 +382,12 @@ def test_memory_is_used_again_once_no_tensor_has_it():
 def test_a_library_of_other_sources_says_so(monkeypatch):
     monkeypatch.setattr(library, "ABI", -1)
     with pytest.raises(library.LibraryError, match="another version.*install fpdarts again"):
+        library.library.__wrapped__()
+
+
+def test_an_instruction_set_that_there_is_not_is_refused(monkeypatch):
+    monkeypatch.setenv("FPDARTS_NATIVE_ISA", "AVX1024")
+    with pytest.raises(library.LibraryError, match="set it to avx2 or avx512"):
         library.library.__wrapped__()
 
 

@@ -59,8 +59,14 @@ def test_compiled_kernels_travel(tmp_path):
         (there / "KEY" / name).write_text(name)
     paths = {name: str(there / "KEY" / name) for name in ("k.cubin", "k.json", "k.source")}
     (there / "KEY" / "__grp__k.json").write_text(json.dumps({"child_paths": paths}))
-    precompile.pack(there, file)
+    (there / "OLD").mkdir()
+    (there / "OLD" / "k.cubin").write_text("of another checkout")
+    precompile.pack(there, {there / "KEY"}, file)
     precompile.unpack(file, here)
+    assert not (here / "OLD").exists()
     found = json.loads((here / "KEY" / "__grp__k.json").read_text())["child_paths"]
     assert found["k.cubin"] == str(here / "KEY" / "k.cubin")
     assert sorted(path.name for path in (here / "KEY").iterdir()) == ["__grp__k.json", "k.cubin", "k.json"]
+    (here / "KEY" / "k.cubin").write_text("compiled since")
+    precompile.unpack(file, here)
+    assert (here / "KEY" / "k.cubin").read_text() == "compiled since"

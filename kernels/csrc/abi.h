@@ -6,7 +6,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t FPDARTS_ABI = 3;
+constexpr int64_t FPDARTS_ABI = 4;
 
 // A cell of the search, or of a derived network, which reads path_scales in place of alpha, beta and gates. Geometry, as
 // 64-bit integers: the fields of Shape in cell.h in their order, then five numbers an operation; or those of

@@ -289,7 +289,7 @@ template <int V> class Backward : public Gradients<V> {
                        int64_t out_at, float* d_map, float* tile, float* d_tile, float* mixed) {
         const int stride = l.stride(source), size = t.height * t.width;
         const bool max = o.kind == MAXIMUM;
-        std::fill_n(tile, t.pixels() * V, -FLT_MAX);
+        std::fill_n(tile, t.pixels() * V, -INFINITY);
         for (int b = 0; b < l.blocks; b++) {
             const int64_t at = out_at + int64_t(b) * l.out_pixels * V;
             const float* raw = a.work + l.raw(o.row[0] + source) + at;

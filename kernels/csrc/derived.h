@@ -108,7 +108,7 @@ template <int V> class Derived {
    public:
     Derived(const CellArguments& arguments)
         : a(arguments), l(arguments.geometry), training(!arguments.given_mean),
-          threads(std::max<int64_t>(1, arguments.threads)) {}
+          threads(std::clamp<int64_t>(arguments.threads, 1, std::max(1, l.n))) {}
 
    protected:
     const CellArguments& a;

@@ -291,7 +291,7 @@ template <int V> class DerivedBackward : public Derived<V> {
         if (scale == 0) return;
         float* to = d_state(e.source, image);
         const float* g = d_state(e.node + 2, image);
-        std::fill_n(buffer.tile, t.pixels() * V, -FLT_MAX);
+        std::fill_n(buffer.tile, t.pixels() * V, -INFINITY);
         for (int b = 0; b < l.blocks; b++, g += l.out_pixels * V) {
             for (int i = 0; i < l.out_pixels; i++) store<V>(buffer.d_pooled + i * V, scale * load<V>(g + i * V));
             std::fill_n(buffer.d_tile, t.pixels() * V, 0.0f);

@@ -60,9 +60,8 @@ template <int V> class DerivedForward : public Derived<V> {
         });
         write_tables(row, [&](int k) { return means[k]; }, [&](int k) { return variances[k]; });
     }
-    void merge(int share, int row, const MapSums<V>* sums, int count) {
-        for (int b = 0; b < l.blocks; b++)
-            moments.template merge<V>(share, row, b, sums[b].shift, sums[b].sum, sums[b].squares, count);
+    void merge(int share, int row, const MapMoments<V>* found) {
+        for (int b = 0; b < l.blocks; b++) moments.template merge<V>(share, row, b, found[b].mean, found[b].m2, found[b].count);
     }
 
     template <class Gather>
@@ -70,7 +69,7 @@ template <int V> class DerivedForward : public Derived<V> {
                Gather&& gather) {
         float* to = this->raw(row, image);
         dense_forward<V>(d, w, map, training, buffer, gather, [&](int b) { return to + int64_t(b) * map * V; });
-        if (training) merge(share, row, buffer.sums, map);
+        if (training) merge(share, row, buffer.moments);
     }
 
     void preprocess(int i) {
@@ -89,12 +88,12 @@ template <int V> class DerivedForward : public Derived<V> {
 
     // One edge's stage of an image, from a tile.
     void stage(const DerivedEdge& e, int which, const float* tile, const Tile& t, const Packed& w, int image, int share,
-               ForwardBuffers<V>& buffer, MapSums<V>* sums) {
+               ForwardBuffers<V>& buffer, MapMoments<V>* found) {
         specialized(e.kernel, e.dilation, which ? 1 : e.stride, [&](auto k, auto d, auto s) {
             stage_forward<V, k, d, s>(tile, t, w.get(), l.blocks, this->raw(e.row[which], image), buffer,
-                                      training ? sums : nullptr);
+                                      training ? found : nullptr);
         });
-        if (training) merge(share, e.row[which], sums, l.out_pixels);
+        if (training) merge(share, e.row[which], found);
     }
 
     void first_stages(int state) {
@@ -118,8 +117,8 @@ template <int V> class DerivedForward : public Derived<V> {
             const DenseBuffers<V> products(skip);
             float* tile = arena().take(l.blocks * t.pixels() * V);
             ForwardBuffers<V> buffer(l.out_size[1], l.blocks, l.past_caches() ? l.blocks : 0);
-            MapSums<V>* sums = MapSums<V>::take(l.blocks);
-            return [&, node_buffer, products, tile, buffer, sums](int image, int share) mutable {
+            MapMoments<V>* found = MapMoments<V>::take(l.blocks);
+            return [&, node_buffer, products, tile, buffer, found](int image, int share) mutable {
                 if (state >= 2) node(state, image, node_buffer);
                 const float* map = this->state(state, image);
                 if (!convolutions.empty()) fill_tile<V>(tile, t, l.blocks, map, this->reading(state));
@@ -131,7 +130,7 @@ template <int V> class DerivedForward : public Derived<V> {
                                   skip.gather_map(map, this->reading(state), height, width, first, count, products.pixels);
                               });
                     } else {
-                        stage(*e, 0, tile, t, convolutions[convolved++], image, share, buffer, sums);
+                        stage(*e, 0, tile, t, convolutions[convolved++], image, share, buffer, found);
                     }
                 }
             };
@@ -152,12 +151,12 @@ template <int V> class DerivedForward : public Derived<V> {
         for_images(l.n, threads, [&] {
             float* tile = arena().take(l.blocks * t.pixels() * V);
             ForwardBuffers<V> buffer(t.width, l.blocks, l.past_caches() ? l.blocks : 0);
-            MapSums<V>* sums = MapSums<V>::take(l.blocks);
-            return [&, tile, buffer, sums](int image, int share) mutable {
+            MapMoments<V>* found = MapMoments<V>::take(l.blocks);
+            return [&, tile, buffer, found](int image, int share) mutable {
                 for (size_t i = 0; i < edges.size(); i++) {
                     const int before = edges[i]->row[0];
                     fill_tile<V>(tile, t, l.blocks, this->raw(before, image), this->normalization(before));
-                    stage(*edges[i], 1, tile, t, weights[i], image, share, buffer, sums);
+                    stage(*edges[i], 1, tile, t, weights[i], image, share, buffer, found);
                 }
             };
         });
@@ -208,7 +207,7 @@ template <int V> class DerivedForward : public Derived<V> {
         const int64_t at = int64_t(b) * l.out_pixels * V;
         if (e.pools()) {
             const Tile t(l.size_of(e.source)[0], l.size_of(e.source)[1], 1, 1);
-            std::fill_n(tile, t.pixels() * V, e.kind == MAXIMUM ? -FLT_MAX : 0.0f);
+            std::fill_n(tile, t.pixels() * V, e.kind == MAXIMUM ? -INFINITY : 0.0f);
             this->fill_pool(tile, t, e.source, b, image);
             if (e.kind == MAXIMUM) pool_map<V, true>(tile, t, e.stride, pooled);
             else pool_map<V, false>(tile, t, e.stride, pooled);

@@ -1,6 +1,7 @@
 // The C interface, and the choice of an instruction set.
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "abi.h"
 
@@ -52,16 +53,27 @@ const Kernels* choose() {
 
 const Kernels* const kernels = choose();
 
+// What a function returns, 0 if that is nothing, -1 where it throws.
+template <class Result, class Arguments> int64_t guarded(Result (*function)(const Arguments&), const Arguments& a) {
+    try {
+        if constexpr (std::is_void_v<Result>) return function(a), 0;
+        else return function(a);
+    } catch (...) {
+        return -1;
+    }
+}
+
 }  // namespace
 
 EXPORT int64_t fpdarts_abi() { return FPDARTS_ABI; }
 EXPORT const char* fpdarts_isa() { return kernels ? kernels->name : ""; }  // empty: no kernels for this processor
-EXPORT int64_t fpdarts_cell_workspace(const CellArguments* a) { return kernels->cell.workspace(*a); }
-EXPORT int64_t fpdarts_cell_scratch(const CellArguments* a) { return kernels->cell.scratch(*a); }
-EXPORT void fpdarts_cell_forward(const CellArguments* a) { kernels->cell.forward(*a); }
-EXPORT void fpdarts_cell_backward(const CellArguments* a) { kernels->cell.backward(*a); }
-EXPORT int64_t fpdarts_derived_workspace(const CellArguments* a) { return kernels->derived.workspace(*a); }
-EXPORT int64_t fpdarts_derived_scratch(const CellArguments* a) { return kernels->derived.scratch(*a); }
-EXPORT void fpdarts_derived_forward(const CellArguments* a) { kernels->derived.forward(*a); }
-EXPORT void fpdarts_derived_backward(const CellArguments* a) { kernels->derived.backward(*a); }
-EXPORT void fpdarts_part(const PartArguments* a) { kernels->part(*a); }
+// No exception leaves: memory can be short.
+EXPORT int64_t fpdarts_cell_workspace(const CellArguments* a) { return guarded(kernels->cell.workspace, *a); }
+EXPORT int64_t fpdarts_cell_scratch(const CellArguments* a) { return guarded(kernels->cell.scratch, *a); }
+EXPORT int64_t fpdarts_cell_forward(const CellArguments* a) { return guarded(kernels->cell.forward, *a); }
+EXPORT int64_t fpdarts_cell_backward(const CellArguments* a) { return guarded(kernels->cell.backward, *a); }
+EXPORT int64_t fpdarts_derived_workspace(const CellArguments* a) { return guarded(kernels->derived.workspace, *a); }
+EXPORT int64_t fpdarts_derived_scratch(const CellArguments* a) { return guarded(kernels->derived.scratch, *a); }
+EXPORT int64_t fpdarts_derived_forward(const CellArguments* a) { return guarded(kernels->derived.forward, *a); }
+EXPORT int64_t fpdarts_derived_backward(const CellArguments* a) { return guarded(kernels->derived.backward, *a); }
+EXPORT int64_t fpdarts_part(const PartArguments* a) { return guarded(kernels->part, *a); }

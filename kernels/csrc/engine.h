@@ -10,7 +10,7 @@ template <int V> class Engine {
    public:
     explicit Engine(const CellArguments& arguments)
         : a(arguments), l(arguments.geometry), training(!arguments.given_mean),
-          threads(std::max<int64_t>(1, arguments.threads)) {
+          threads(std::clamp<int64_t>(arguments.threads, 1, std::max(1, l.n))) {
         const int columns = l.operations.size();
         open.resize(l.edges.size() * l.paths);
         scale.resize(l.edges.size() * columns);

@@ -59,8 +59,8 @@ template <int V> class Forward : public Engine<V> {
         });
     }
 
-    void merge(int share, int row, int block, const MapSums<V>& sums, int count) {
-        moments.template merge<V>(share, row, block, sums.shift, sums.sum, sums.squares, count);
+    void merge(int share, int row, int block, const MapMoments<V>& found) {
+        moments.template merge<V>(share, row, block, found.mean, found.m2, found.count);
     }
 
     void preprocess() {
@@ -89,20 +89,20 @@ template <int V> class Forward : public Engine<V> {
         });
         if (!training) return;
         for (int column = 0; column < d.columns / V; column++)
-            merge(share, row + column / l.blocks, column % l.blocks, buffer.sums[column], map);
+            merge(share, row + column / l.blocks, column % l.blocks, buffer.moments[column]);
     }
 
     // Of one edge, and of the images from `image` on that are taken together: one behind the other.
     template <int K, int D, int S>
     void stage(const float* tile, const Tile& t, StageWeights w, int row, int image, int images, int share,
-               ForwardBuffers<V>& buffer, MapSums<V>* sums) {
+               ForwardBuffers<V>& buffer, MapMoments<V>* found) {
         const int map = l.out_pixels;
         with_images<V, S>(images, l.blocks, [&](auto lanes, auto together, int blocks) {
             stage_forward<lanes, K, D, S, together>(tile, t, w, blocks, a.work + l.raw(row) + l.image(image, map), buffer,
-                                                    training ? sums : nullptr);
+                                                    training ? found : nullptr);
         });
         if (!training) return;
-        for (int b = 0; b < images * l.blocks; b++) merge(share, row, b % l.blocks, sums[b], map);
+        for (int b = 0; b < images * l.blocks; b++) merge(share, row, b % l.blocks, found[b]);
     }
 
     void first_stages(int source) {
@@ -127,8 +127,8 @@ template <int V> class Forward : public Engine<V> {
             float* pooled = arena().take(around.pixels() * V);
             ForwardBuffers<V> buffer(l.out_size[1], images * l.blocks, l.past_caches() ? images * l.blocks : 0);
             const DenseBuffers<V> products(skip);
-            MapSums<V>* sums = MapSums<V>::take(images * l.blocks);
-            return [&, node_buffer, tile, pooled, buffer, products, sums](int group, int share) mutable {
+            MapMoments<V>* found = MapMoments<V>::take(images * l.blocks);
+            return [&, node_buffer, tile, pooled, buffer, products, found](int group, int share) mutable {
                 const int image = group * images;  // the first one
                 for (int i = image; i < image + images; i++) {
                     if (source < 2) normalize_input(source, i);
@@ -157,7 +157,7 @@ template <int V> class Forward : public Engine<V> {
                             }
                             specialized(u.o->kernel, u.o->dilation, stride, [&](auto k, auto d, auto s) {
                                 stage<k, d, s>(tile, t, u.weights(row), u.o->row[0] + row, image, images, share, buffer,
-                                               sums);
+                                               found);
                             });
                         }
                     }
@@ -198,17 +198,17 @@ template <int V> class Forward : public Engine<V> {
 
     void pool(const Operation& o, int source, const float* map, const Tile& t, int image, int share, float* tile) {
         const bool max = o.kind == MAXIMUM;
-        std::fill_n(tile, t.pixels() * V, max ? -FLT_MAX : 0.0f);
+        std::fill_n(tile, t.pixels() * V, max ? -INFINITY : 0.0f);
         float* out = a.work + l.raw(o.row[0] + source) + l.image(image, l.out_pixels);
         for (int b = 0; b < l.blocks; b++, out += int64_t(l.out_pixels) * V) {
             copy_into<V>(tile, t, map + int64_t(b) * l.pixels_of(source) * V);
             if (max) pool_map<V, true>(tile, t, l.stride(source), out);
             else pool_map<V, false>(tile, t, l.stride(source), out);
             if (!training) continue;
-            MapSums<V> sums;
-            sums.begin(load<V>(out));
-            for (int i = 0; i < l.out_pixels; i += CHUNK) sums.add(out + int64_t(i) * V, std::min(CHUNK, l.out_pixels - i));
-            merge(share, o.row[0] + source, b, sums, l.out_pixels);
+            MapMoments<V> found;
+            found.begin();
+            for (int i = 0; i < l.out_pixels; i += CHUNK) found.add(out + int64_t(i) * V, std::min(CHUNK, l.out_pixels - i));
+            merge(share, o.row[0] + source, b, found);
         }
     }
 
@@ -223,8 +223,8 @@ template <int V> class Forward : public Engine<V> {
         for_images(l.n / images, threads, [&] {
             float* tile = arena().take(images * l.blocks * t.pixels() * V);
             ForwardBuffers<V> buffer(t.width, images * l.blocks, l.past_caches() ? images * l.blocks : 0);
-            MapSums<V>* sums = MapSums<V>::take(images * l.blocks);
-            return [&, tile, buffer, sums](int group, int share) mutable {
+            MapMoments<V>* found = MapMoments<V>::take(images * l.blocks);
+            return [&, tile, buffer, found](int group, int share) mutable {
                 const int image = group * images;  // the first one
                 for (const Used& u : used)
                     for (int row : l.leaving[source]) {
@@ -233,7 +233,7 @@ template <int V> class Forward : public Engine<V> {
                         this->fill(tile, t, images, a.work + l.raw(before) + l.image(image, l.out_pixels),
                                    this->normalization(before));
                         specialized(u.o->kernel, u.o->dilation, 1, [&](auto k, auto d, auto) {
-                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, images, share, buffer, sums);
+                            stage<k, d, 1>(tile, t, u.weights(row), u.o->row[1] + row, image, images, share, buffer, found);
                         });
                     }
             };

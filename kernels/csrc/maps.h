@@ -105,7 +105,7 @@ inline Arena& arena() {
 
 INLINE int valid(int i, int size) { return 3 - (i == 0) - (i == size - 1); }
 
-// 3x3 pooling of a tile with a margin of 1, filled with -FLT_MAX (maximum) or 0 (average).
+// 3x3 pooling of a tile with a margin of 1, filled with -INFINITY (maximum) or 0 (average).
 template <int V, bool MAX> void pool_map(const float* tile, const Tile& t, int stride, float* out) {
     const long pitch = long(t.pitch) * V;
     for (int y = 0; y < t.height; y += stride) {

@@ -157,16 +157,16 @@ template <int V> struct Dense {
     }
 };
 
-template <int V> struct DenseBuffers {  // of a thread: rows of the product's two sides, and sums of its columns
+template <int V> struct DenseBuffers {  // of a thread: rows of the product's two sides, and moments of its columns
     float *pixels, *products;
-    MapSums<V>* sums;
+    MapMoments<V>* moments;
     explicit DenseBuffers(const Dense<V>& d)
         : pixels(arena().take(CHUNK * d.rows)), products(arena().take(CHUNK * d.columns)),
-          sums(MapSums<V>::take(d.columns / V)) {}
+          moments(MapMoments<V>::take(d.columns / V)) {}
 };
 
 // One image's products. gather(first, count) fills buffer.pixels; plane(i) is where the result's i-th block of V columns
-// goes. buffer.sums are the sums of each, if they are wanted.
+// goes. buffer.moments are those of each, if they are wanted.
 template <int V, class Gather, class Plane>
 void dense_forward(const Dense<V>& d, const float* w, int map, bool summed, const DenseBuffers<V>& buffer,
                    Gather&& gather, Plane&& plane) {
@@ -184,8 +184,8 @@ void dense_forward(const Dense<V>& d, const float* w, int map, bool summed, cons
             float* to = plane(column) + int64_t(first) * V;
             for (int i = 0; i < count; i++) store<V>(to + i * V, load<V>(products + i * columns + column * V));
             if (!summed) continue;
-            if (first == 0) buffer.sums[column].begin(load<V>(to));
-            buffer.sums[column].add(to, count);
+            if (first == 0) buffer.moments[column].begin();
+            buffer.moments[column].add(to, count);
         }
     }
 }

@@ -16,7 +16,7 @@ template <int V> class Parts {
    public:
     explicit Parts(const PartArguments& arguments)
         : a(arguments), n(a.images), c(a.channels), edges(a.edges), stride(a.stride), blocks(divide_up(c, V)),
-          lanes(blocks * V), threads(std::max<int64_t>(1, a.threads)) {
+          lanes(blocks * V), threads(std::clamp<int64_t>(a.threads, 1, std::max(1, n))) {
         size[0] = a.height, size[1] = a.width;
         for (int i = 0; i < 2; i++) out_size[i] = divide_up(size[i], stride);
         pixels = size[0] * size[1], out_pixels = out_size[0] * out_size[1];
@@ -30,7 +30,7 @@ template <int V> class Parts {
         const Tile t = stage_tile(), d = out_tile();
         const int wide = edges * c, inputs = a.own ? edges : 1, planes = edges * blocks;
         // of so few rows that two bands stay in the first cache
-        const int tall = std::min(rows_together(d.width), std::max(2, BAND / (together * d.width * wide)));
+        const int tall = std::min(rows_together(d.width), std::max(2, BAND / std::max(1, together * d.width * wide)));
         const int each_plane = tall * d.width * V;
         const int64_t each = int64_t(out_pixels) * wide, each_tile = int64_t(together) * blocks * t.pixels() * V;
         const bool whole = c % V == 0;  // else the lanes behind c would overwrite the next edge's
@@ -259,7 +259,7 @@ template <int V> class Parts {
     }
 
     void pool(float* tile, const Tile& t, const float* map, int b, float* out) const {
-        std::fill_n(tile, t.pixels() * V, a.kind == MAXIMUM ? -FLT_MAX : 0.0f);
+        std::fill_n(tile, t.pixels() * V, a.kind == MAXIMUM ? -INFINITY : 0.0f);
         copy_into<V>(tile, t, map + int64_t(b) * pixels * V);
         if (a.kind == MAXIMUM) pool_map<V, true>(tile, t, stride, out + b * out_pixels * V);
         else pool_map<V, false>(tile, t, stride, out + b * out_pixels * V);

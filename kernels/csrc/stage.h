@@ -9,31 +9,40 @@ namespace FPDARTS_ISA {
 
 constexpr int CHUNK = 64;  // pixels of a matrix product or a node at a time: they stay in the first cache
 
-// The sums of one block of a map that is being written: about its first value, by runs, so that few digits are lost.
-template <int V> struct MapSums {
-    Vec<V> shift{}, sum{}, squares{};
+// Mean and summed squared deviation of one block of a map that is being written. Each run is summed about its first
+// value and then merged (Chan et al., 1979): an outlier costs digits of its own run only.
+template <int V> struct MapMoments {
+    double mean[V], m2[V];
+    int count;
 
     // Of a thread, for as many blocks.
-    static MapSums* take(int blocks) {
-        return reinterpret_cast<MapSums*>(arena().take(blocks * (sizeof(MapSums) / sizeof(float))));
+    static MapMoments* take(int blocks) {
+        return reinterpret_cast<MapMoments*>(arena().take(blocks * (sizeof(MapMoments) / sizeof(float))));
     }
-    INLINE void begin(Vec<V> first) { shift = first, sum = squares = Vec<V>{}; }
-    INLINE void add(const float* values, int count) {
+    INLINE void begin() { std::fill_n(mean, V, 0.0), std::fill_n(m2, V, 0.0), count = 0; }
+    INLINE void add(const float* values, int run) {
         constexpr int CHAINS = 4, M = PACK<V>, L = M * V;  // chains of additions, which wait for each other
+        const Vec<V> shift = load<V>(values);
         const Spread<V> about(shift);
         Vec<L> s[CHAINS] = {}, q[CHAINS] = {};
         int i = 0;
-        for (; i + CHAINS * M <= count; i += CHAINS * M) {
+        for (; i + CHAINS * M <= run; i += CHAINS * M) {
             UNROLL for (int k = 0; k < CHAINS; k++) {
                 const Vec<L> v = load<L>(values + (i + k * M) * V) - about.all;
                 s[k] += v, q[k] += v * v;
             }
         }
-        sum += folded<V, L>((s[0] + s[1]) + (s[2] + s[3])), squares += folded<V, L>((q[0] + q[1]) + (q[2] + q[3]));
-        for (; i < count; i++) {
+        Vec<V> sum = folded<V, L>((s[0] + s[1]) + (s[2] + s[3])), squares = folded<V, L>((q[0] + q[1]) + (q[2] + q[3]));
+        for (; i < run; i++) {
             const Vec<V> v = load<V>(values + i * V) - shift;
             sum += v, squares += v * v;
         }
+        const double total = count + run, part = run / total, both = count * part;
+        for (int l = 0; l < V; l++) {
+            const double own = double(sum[l]) / run, delta = shift[l] + own - mean[l];
+            mean[l] += delta * part, m2[l] += squares[l] - own * sum[l] + delta * delta * both;
+        }
+        count += run;
     }
 };
 
@@ -63,7 +72,7 @@ template <int V> int images_together(int images, int threads, int blocks, int st
 }
 
 // Rows that are computed together: what one step writes is still in the first cache when the next one reads it.
-inline int rows_together(int width) { return std::max(1, 2 * CHUNK / padded(width)); }
+inline int rows_together(int width) { return 2 * CHUNK / std::clamp(padded(width), 1, 2 * CHUNK); }
 inline int pixels_together(int width) { return rows_together(width) * padded(width); }
 
 // A band of results on its way to where they belong, a part at a time while the next band is computed: stores past the
@@ -176,10 +185,10 @@ void stage_band(const float* tile, const Tile& t, StageWeights w, int blocks, in
     }
 }
 
-// A whole result, in blocks. sums: a block each, or null where none are needed.
+// A whole result, in blocks. moments: a block each, or null where none are needed.
 template <int V, int K, int D, int S, int N = 1>
 void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks, float* out,
-                   ForwardBuffers<V / N>& buffer, MapSums<V / N>* sums) {
+                   ForwardBuffers<V / N>& buffer, MapMoments<V / N>* moments) {
     constexpr int C = V / N;
     const int height = t.height / S, width = t.width / S, together = rows_together(width);
     for (int first = 0; first < height; first += together) {
@@ -188,9 +197,9 @@ void stage_forward(const float* tile, const Tile& t, StageWeights w, int blocks,
         const int64_t whole = int64_t(height) * width * C, block = past ? rows * width * C : whole;
         stage_band<V, K, D, S, N>(tile, t, w, blocks, first, rows, buffer.seen, made, block,
                                   [&]() INLINE_LAMBDA { buffer.leaving.some(); });
-        for (int b = 0; b < N * blocks && sums; b++) {
-            if (first == 0) sums[b].begin(load<C>(made + b * block));
-            sums[b].add(made + b * block, rows * width);
+        for (int b = 0; b < N * blocks && moments; b++) {
+            if (first == 0) moments[b].begin();
+            moments[b].add(made + b * block, rows * width);
         }
         if (past)
             buffer.leaving.begin({made, block, 0, here, whole, N * blocks, 1, rows * width, true},

@@ -5,6 +5,7 @@
 #include <omp.h>
 #endif
 
+#include <exception>
 #include <mutex>
 
 #include "cell.h"
@@ -45,8 +46,10 @@ class Shares {
 // For all images f()(image, share): f once a thread, for its scratch memory.
 template <class F> void for_images(int images, int threads, F&& f) {
     Shares shares(images, threads);
+    std::exception_ptr failed;  // none may leave a thread: memory can be short
+    std::mutex mutex;
 #pragma omp parallel num_threads(threads)
-    {
+    try {
         int share = 0;
 #ifdef _OPENMP
         share = omp_get_thread_num();
@@ -58,7 +61,11 @@ template <class F> void for_images(int images, int threads, F&& f) {
             for (int image; (image = shares.take(share, first)) >= 0; first = false) work(image, share);
         }
         _mm_sfence();  // of what was stored past the caches, up to the end of `work`
+    } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        failed = std::current_exception();
     }
+    if (failed) std::rethrow_exception(failed);
 }
 
 // Mean and summed squared deviation of rows of channels.
@@ -68,16 +75,14 @@ class Moments {
         : shares(Shares::count(threads)), rows(rows), lanes(lanes), counts(shares * rows),
           values(size_t(shares) * rows * 2 * lanes) {}
 
-    // One image's sums about `shift`, of a block of V channels. Merging (Chan et al., 1979) keeps the digits that the
-    // difference of large sums of squares would lose.
-    template <int V> void merge(int share, int row, int block, Vec<V> shift, Vec<V> sum, Vec<V> squares, int count) {
+    // One image's, of a block of V channels; block 0 first.
+    template <int V> void merge(int share, int row, int block, const double (&other)[V], const double (&other_m2)[V],
+                                int count) {
         const int cell = share * rows + row;
         double *mean = &values[size_t(cell) * 2 * lanes + block * V], *m2 = mean + lanes;
         const double before = counts[cell] - (block ? count : 0), total = before + count;
         if (block == 0) counts[cell] += count;
-        for (int l = 0; l < V; l++)
-            merge_one(mean[l], m2[l], before, shift[l] + double(sum[l]) / count,
-                      squares[l] - double(sum[l]) * sum[l] / count, count, total);
+        for (int l = 0; l < V; l++) merge_one(mean[l], m2[l], before, other[l], other_m2[l], count, total);
     }
 
     // Over all shares: take(lane, mean, summed squared deviation, count) gets each lane's.

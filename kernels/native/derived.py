@@ -5,7 +5,15 @@ from torch import Tensor
 
 from .. import Statistics
 from ..spec import DerivedCellSpec
-from .library import at_least_two_values, cell_backward, cell_forward, float32_only, float32_weights, gradient
+from .library import (
+    at_least_two_values,
+    batch_tables,
+    cell_backward,
+    cell_forward,
+    fake_gradients,
+    float32_only,
+    float32_weights,
+)
 from .operators import of_operation
 
 
@@ -38,7 +46,7 @@ def _derived_cell(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, batch mean, batch variance, work). rows: (normalizations, C). unread: whether the output does not depend
     on an input, on a weight."""
-    batch = [torch.zeros(rows), torch.zeros(rows)]
+    batch = batch_tables(rows, rows)
     out, work = cell_forward(
         "derived", geometry, _out_shape(geometry), (x0, x1), weights, path_scales=path_scales, given_mean=mean,
         given_variance=variance, mean=batch[0], variance=batch[1],
@@ -75,7 +83,7 @@ def _derived_cell_backward(
 
 @_derived_cell_backward.register_fake
 def _(geometry, need, d_out, x0, x1, weights, path_scales, mean, variance, work):
-    return [gradient(tensor, needed) for tensor, needed in zip((x0, x1, *weights), need)]
+    return fake_gradients((x0, x1), weights, need)
 
 
 def _setup_context(ctx, inputs, output):
@@ -86,6 +94,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, d_out, *_):
+    if d_out is None:
+        return (None,) * 5 + ([None] * len(ctx.needs_input_grad[5]),) + (None,) * 3
     x0, x1, path_scales, mean, variance, work, *weights = ctx.saved_tensors
     _, _, _, *need_x, need_weights, _, _, _ = ctx.needs_input_grad
     # of the weights all that the output depends on, if any

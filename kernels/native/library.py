@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 NAME = "libfpdarts_kernels.so"
 _PROCESS = os.getpid()  # where OpenMP's threads live
 
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
+_FUNCTIONS = ("workspace", "scratch", "forward", "backward")
 
 
 class CellArguments(ctypes.Structure):
@@ -59,22 +60,34 @@ def library() -> ctypes.CDLL:
         )
     try:
         lib = ctypes.CDLL(str(path))
-        version = lib.fpdarts_abi()
+        if lib.fpdarts_abi() != ABI:
+            raise LibraryError(f"{path} was built from another version of the sources; install fpdarts again")
+        _declare(lib)
     except (OSError, AttributeError) as error:
         raise LibraryError(f"{path} cannot be loaded ({error}); install fpdarts again") from None
-    if version != ABI:
-        raise LibraryError(f"{path} was built from another version of the sources; install fpdarts again")
-    lib.fpdarts_isa.restype = ctypes.c_char_p
     if not lib.fpdarts_isa():
         raise LibraryError("this processor has no AVX2; use --kernels reference")
-    for kind in ("cell", "derived"):
-        for name, result in (("workspace", _integer), ("scratch", _integer), ("forward", None), ("backward", None)):
-            function = getattr(lib, f"fpdarts_{kind}_{name}")
-            function.argtypes, function.restype = [ctypes.POINTER(CellArguments)], result
-    lib.fpdarts_part.argtypes = [ctypes.POINTER(PartArguments)]
+    asked = os.environ.get("FPDARTS_NATIVE_ISA")
+    if asked not in (None, "", "avx2", "avx512"):
+        raise LibraryError(f"FPDARTS_NATIVE_ISA is {asked!r}; set it to avx2 or avx512, or not at all")
+    return lib
+
+
+def _declare(lib: ctypes.CDLL):
+    """Raises AttributeError for a function that is missing."""
+    lib.fpdarts_isa.restype = ctypes.c_char_p
+    names = [f"fpdarts_{kind}_{name}" for kind in ("cell", "derived") for name in _FUNCTIONS]
+    for name, arguments in (*((name, CellArguments) for name in names), ("fpdarts_part", PartArguments)):
+        function = getattr(lib, name)
+        function.argtypes, function.restype, function.errcheck = [ctypes.POINTER(arguments)], _integer, _checked
     lib.fpdarts_allocate.argtypes, lib.fpdarts_allocate.restype = [_integer], _pointer
     lib.fpdarts_release.argtypes, lib.fpdarts_release.restype = [_pointer], None
-    return lib
+
+
+def _checked(result: int, function, arguments) -> int:
+    if result < 0:
+        raise MemoryError("no memory for a cell's sums; use a smaller batch, or fewer threads")
+    return result
 
 
 def threads() -> int:
@@ -96,6 +109,11 @@ def at_least_two_values(n: int, height: int, width: int):
         raise ValueError(
             f"{n} images of {height}x{width} pixels: statistics of a batch need at least two values a channel"
         )
+
+
+def batch_tables(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Zeros, for what is computed of a batch: float32 whatever PyTorch's default is."""
+    return [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
 
 
 def float32_weights(tensors: dict[str, Tensor]):
@@ -127,11 +145,11 @@ def new_map(shape: tuple[int, ...]) -> Tensor:
     """(N, C, H, W) channels last, not initialized; a large one from memory that is kept."""
     floats = math.prod(shape)
     if floats < 1 << 18:  # kept blocks are of 2 MiB at least
-        return torch.empty(shape, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
     n, c, height, width = shape
     # no view, which would hold its base: autograd adds to a gradient in place only where nothing else holds its memory
     strides = height * width * c, 1, width * c, c
-    return torch.empty(0).set_(memory(floats), 0, shape, strides)
+    return torch.empty(0, dtype=torch.float32).set_(memory(floats), 0, shape, strides)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -143,11 +161,10 @@ def pointers(tensors) -> ctypes.Array:
 
 
 def memory(floats: int) -> Tensor:
-    """(floats,) float32, not initialized, from memory that is kept for the next one when the tensor is gone.
-
-    Raises MemoryError.
+    """(floats,) float32, not initialized, from memory that is kept for the next one when the tensor is gone. One at
+    least. Raises MemoryError.
     """
-    lib = library()
+    lib, floats = library(), max(1, floats)  # a buffer of none has no address
     address = lib.fpdarts_allocate(4 * floats)
     if not address:
         raise MemoryError(f"no {4 * floats / 2**30:.2f} GiB for a cell's workspace; use a smaller batch")
@@ -197,3 +214,9 @@ def cell_backward(
     arguments.scratch = scratch.data_ptr()
     getattr(library(), f"fpdarts_{kind}_backward")(arguments)
     return gradients
+
+
+def fake_gradients(inputs, weights, need: list[bool]) -> list[Tensor]:
+    """What cell_backward's look like to the compiler."""
+    made = [channels_last(torch.empty_like(x)) if needed else x.new_empty(0) for x, needed in zip(inputs, need)]
+    return made + [gradient(weight.contiguous(), needed) for weight, needed in zip(weights, need[2:])]

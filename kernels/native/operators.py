@@ -8,7 +8,16 @@ from torch import Tensor
 
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
-from .library import at_least_two_values, cell_backward, cell_forward, float32_only, float32_weights, gradient
+from .library import (
+    at_least_two_values,
+    batch_tables,
+    cell_backward,
+    cell_forward,
+    fake_gradients,
+    float32_only,
+    float32_weights,
+    gradient,
+)
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
 _CONVOLUTION = 4
@@ -49,7 +58,7 @@ def _cell(
     variance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, batch mean, batch variance, updated, work). rows: (statistics rows, c)."""
-    batch = [torch.zeros(rows), torch.zeros(rows), torch.zeros(rows[0], 1)]
+    batch = batch_tables(rows, rows, (rows[0], 1))
     out, work = cell_forward(
         "cell", geometry, _out_shape(geometry), (x0, x1), weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean,
         given_variance=variance, mean=batch[0], variance=batch[1], updated=batch[2],
@@ -94,8 +103,9 @@ def _cell_backward(
 
 @_cell_backward.register_fake
 def _(geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work):
-    wanted = [(x0, need[0]), (x1, need[1]), (alpha, need[2]), (beta, need[2]), *((w, need[3]) for w in weights)]
-    return [gradient(tensor, needed) for tensor, needed in wanted]
+    d_alpha, d_beta = (gradient(tensor, need[2]) for tensor in (alpha, beta))
+    d_x0, d_x1, *d_weights = fake_gradients((x0, x1), weights, need[:2] + need[3:] * len(weights))
+    return [d_x0, d_x1, d_alpha, d_beta, *d_weights]
 
 
 def _setup_context(ctx, inputs, output):
@@ -107,6 +117,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, d_out, *_):
+    if d_out is None:
+        return (None,) * 4 + ([None] * len(ctx.needs_input_grad[4]),) + (None,) * 5
     x0, x1, alpha, beta, gates, mean, variance, work, *weights = ctx.saved_tensors
     _, _, need_x0, need_x1, need_weights, need_alpha, need_beta, *_ = ctx.needs_input_grad
     need = [need_x0, need_x1, need_alpha or need_beta, any(need_weights)]

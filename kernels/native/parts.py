@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import require_stage
 from ..spec import EPSILON
 from .library import (
     PartArguments,
     channels_last,
     channels_last_slice,
     float32_only,
+    float32_weights,
     gradient,
     library,
     new_map,
@@ -117,6 +119,8 @@ _stage.register_autograd(_backward_of_stage, setup_context=_save_stage)
 
 def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
     float32_only(x)
+    float32_weights({"depthwise": depthwise, "pointwise": pointwise})
+    require_stage(depthwise.shape[1], dilation, stride)
     return _stage(x, depthwise, pointwise, stride, dilation)
 
 

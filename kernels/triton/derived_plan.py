@@ -7,7 +7,7 @@ Nodes are taken level by level: a node's level is one more than the highest of t
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 
@@ -249,6 +249,6 @@ class DerivedPlan:
         return jobs, [[v.d_hidden, v.depthwise, v.side, v.dilation] for v in seconds], []
 
 
-@lru_cache(256)
+@cache  # see plan._plan
 def derived_plan(spec: DerivedCellSpec, n: int, size: tuple[int, int], device: torch.device) -> DerivedPlan:
     return DerivedPlan(spec, n, size, device)

@@ -50,7 +50,13 @@ class Layout:
         self.inner = size
         self.outer = tuple(side // 2 for side in size) if spec.reduction else size
         self.m_in, self.m = (n * h * w for h, w in (self.inner, self.outer))
-        if max(self.m_in, self.m) * max(self.c * self.k * self.nodes, *spec.input_channels) >= 2**31:
+        full = 4 * self.m_in if spec.factorized_input else self.m_in  # of input 0
+        elements = (
+            full * spec.input_channels[0],
+            self.m_in * spec.input_channels[1],
+            self.m * self.c * self.k * self.nodes,
+        )
+        if max(elements) >= 2**31:
             raise ValueError(f"{n} images of {size[0]}x{size[1]} are too many for one cell; use a smaller batch")
         self.slice_in, self.slice = (-(-rows * self.c // 16) * 16 for rows in (self.m_in, self.m))
         self.strided = spec.reduction

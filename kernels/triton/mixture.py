@@ -39,6 +39,12 @@ def mix_fwd_kernel(
 
 
 @triton.jit
+def _coefficient(value, opened):
+    """0 where it is closed, and nowhere else: an open path of no weight has a gradient all the same."""
+    return tl.where(opened, tl.where(value == 0, 1e-30, value), 0.0)
+
+
+@triton.jit
 def _mix(
     alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr,
     updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, EDGES, ROWS, LAST, COUNTERS,
@@ -64,9 +70,9 @@ def _mix(
             path = tl.load(path_ptr + o)
             gate = tl.load(gates_ptr + edge * PATHS + path, mask=mask, other=0.0).to(tl.float32)
             alpha = tl.load(alpha_ptr + edge * OPERATIONS + o, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + o, beta * gate * alpha, mask=mask)
+            tl.store(out_ptr + o, _coefficient(beta * gate * alpha, gate != 0), mask=mask)
         for s in tl.static_range(K):
-            through = tl.zeros([BLOCK], tl.float32)
+            through, passes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int1)
             for p in tl.static_range(PATHS):
                 gate = tl.load(gates_ptr + edge * PATHS + p, mask=mask, other=0.0).to(tl.float32)
                 if p == s:
@@ -74,9 +80,11 @@ def _mix(
                     through += gate * tl.load(alpha_ptr + edge * OPERATIONS + o, mask=mask & (o >= 0), other=0.0).to(
                         tl.float32
                     )
+                    passes = passes | ((gate != 0) & (o >= 0))
                 else:
                     through += gate
-            tl.store(out_ptr + OPERATIONS + s, beta * through, mask=mask)
+                    passes = passes | (gate != 0)
+            tl.store(out_ptr + OPERATIONS + s, _coefficient(beta * through, passes), mask=mask)
         tl.store(coefficients_ptr + LAST, 1.0)
     else:
         row = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import require_stage
 from ..spec import EPSILON
 from . import tuning
 from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
@@ -162,6 +163,7 @@ class _Expand(torch.autograd.Function):
 
 def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
     edges, k, _, c = depthwise.shape
+    require_stage(k, dilation, stride)
     dense = _Expand.apply(depthwise.float().reshape(edges, k * k, c).contiguous(), pointwise.float().contiguous())
     return _Dense.apply(x, dense, [k * k, k, dilation, dilation * (k - 1) // 2, 0], stride)
 

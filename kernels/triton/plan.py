@@ -1,13 +1,13 @@
 """The tables of jobs that a cell's kernels read, each row a job: made once for a shape, and kept."""
 
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 
 from ..spec import OPERATIONS, CellSpec
 from . import tuning
 from .convolution import wgrad_parts
-from .launch import padded
+from .launch import dot_options, padded
 from .layout import Layout
 from .pools import AVERAGE, BYPASS, MAXIMUM
 from .rows import data_gradient_options, forward_options, rows_tiles
@@ -407,6 +407,11 @@ class Plan(Layout):
         return jobs
 
 
-@lru_cache(256)
 def plan(spec: CellSpec, n: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Plan:
+    return _plan(spec, n, size, device, dtype, dot_options(dtype)["PRECISION"])
+
+
+@cache  # without bounds: a CUDA graph goes on reading the tables of the plan that it was captured with
+def _plan(spec, n, size, device, dtype, _precision):
+    """Tiles are of other sizes in another precision, and so is what is left for each."""
     return Plan(spec, n, size, device, dtype)

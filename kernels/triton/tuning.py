@@ -7,6 +7,8 @@ are chosen by what fits. What ``benchmarks.tune`` finds faster goes into timed.p
 from collections.abc import Callable
 from functools import wraps
 
+import triton
+
 from .timed import TIMED
 
 # block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
@@ -38,7 +40,7 @@ def timed(rule: Callable[..., dict]) -> Callable[..., dict]:
 def node(wide: int, k: int, size: int) -> dict:
     """wide: channels of a slice, padded; all k slices are a program's. It waits for its loads, term by term: many small
     programs hide that."""
-    return {"BLOCK": max(16, 1024 // (wide * k)), "num_warps": 2}
+    return {"BLOCK": max(16, 1024 // (wide * triton.next_power_of_2(k))), "num_warps": 2}
 
 
 @timed
