@@ -15,7 +15,7 @@ from fpdarts.architect import frozen
 from fpdarts.network import DerivedNetwork
 from fpdarts.supernet import SuperNet
 
-IMAGES = 2
+IMAGES = 2  # their number compiles nothing of its own; statistics need two
 
 
 def compile_launches(launch: Callable[[], None], name: str, device: torch.device):

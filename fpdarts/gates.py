@@ -13,6 +13,7 @@ class GateSampler:
 
     mode: ``step`` draws anew at every call, ``fixed`` draws once, at the start, ``both`` keeps every path open.
     seed: of a generator of its own, so that gates do not depend on what else draws random numbers.
+    Raises ValueError for an unknown mode.
     """
 
     def __init__(self, cells: int, edges: int, paths: int = 2, mode: str = "step", seed: int = 0):

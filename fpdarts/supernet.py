@@ -71,6 +71,7 @@ class SuperNet(nn.Module):
 
     Parameters ``alpha_normal``, ``alpha_reduce``: (edges, operations), operations of path 0 first; ``beta_normal``,
     ``beta_reduce``: (edges,). Edges in edge order.
+    Raises ValueError for an unknown name, sizes below 1, subsets that overlap, and channels that K does not cut.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
 """The kernel seam: what the networks ask of a back end, and the choice of one.
 
 A back end is a module of this package with the functions below, in the same signatures, and ``unavailable(device)``,
-which returns None or the reason why it cannot run there. ``DTYPES`` names what it computes in, all if it is left out.
+which returns None or the reason why it cannot run there. It may have ``DTYPES``, names of what it computes in (all if
+it is left out), ``GRAPHS``, whether a step of it can be captured as a CUDA graph, and the contexts ``counting`` and
+``compiling``, which count what is launched within on the meta device, and compile it.
 ``cell`` is what a search calls, and ``derived_cell`` what retraining calls, which a back end may do without; the other
 functions are parts of ``cell``, public so that each can be tested and timed alone. A faster back end may merge
 neighbouring parts (normalize into the stage that follows, for one); it is then tested against the same composition of

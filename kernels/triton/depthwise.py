@@ -1,4 +1,5 @@
-"""Depthwise convolutions of a derived cell, with the normalization and the ReLU before them, and their backward.
+"""Depthwise convolutions of a derived cell, with the normalization and the ReLU before them, and their backward; that
+of poolings and identities is in the same kernel, which gathers all that comes back to a state.
 
 Maps are matrices of N*H*W rows of C channels. A program has a tile of rows and a block of COLUMNS channels; a map's
 border is zero behind the ReLU, whatever the normalization makes of zero. Gradients are gathered, tap by tap.
@@ -79,7 +80,7 @@ def _convolved(
 
 
 @triton.jit
-def _pooled(
+def _pooled_back(
     d_ptr, d_row, scales_ptr, edge, index_ptr, mode, n, y, x, inside, c, H, W, OH, OW, IMAGES, STRIDE: tl.constexpr,
     DROP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +149,7 @@ def source_bwd_kernel(
         if mode == 0:
             total += tl.load(passed_ptr + (where * passed_row)[:, None] + c[None, :], mask=mask, other=0.0)
         elif POOLED:
-            total += _pooled(
+            total += _pooled_back(
                 passed_ptr, passed_row, scales_ptr, edge, index_ptr + tl.multiple_of(tl.load(other + 4), 8), mode, n, y,
                 x, inside, c, H, W, OH, OW, IMAGES, STRIDE, DROP, C, BLOCK, COLUMNS,
             )  # fmt: skip
