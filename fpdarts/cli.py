@@ -1,7 +1,7 @@
 """The command: parse, call, print. Heavy imports wait until a command needs them."""
 
 import json
-import math
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import tyro
 
 from fpdarts.config import Amp, EvaluateConfig, Kernels, RetrainConfig, SearchConfig, Stem
 from fpdarts.errors import DataError, KernelMismatch, NonFiniteLoss, RunError
+from fpdarts.files import to_json
 from fpdarts.kernels import BackendUnavailable
 
 
@@ -95,6 +96,8 @@ class SplitImagenet:
     architecture: float = 0.025
     """Part of the training images that trains the architecture and validates."""
     seed: int = 0
+    skip: str | None = None
+    """List of files to leave out, as check-data --bad writes it; search then takes the same."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,24 @@ _MAY_CHANGE = {"resume", "json", "out", "device", "loader", "workers", "kernels"
 def main(arguments: list[str] | None = None):
     """Exit status: 0 done, 1 an error of this project's own (one line on standard error), 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = tyro.cli(
-        Command, prog="fpdarts", description=_DESCRIPTION, args=arguments, config=(*_CONF, tyro.conf.FlagCreatePairsOff)
-    )
     try:
+        command = tyro.cli(
+            Command, prog="fpdarts", description=_DESCRIPTION, args=arguments,
+            config=(*_CONF, tyro.conf.FlagCreatePairsOff),
+        )  # fmt: skip
         _run(command, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, RunError, NonFiniteLoss, KernelMismatch, BackendUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and "memory" not in told:
+            raise
+        print(f"error: {told}; a smaller --batch-size or --init-channels needs less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; a run goes on with --resume and its --out", file=sys.stderr)
@@ -159,12 +173,7 @@ def _run(command, arguments):
     elif isinstance(command, CheckData):
         _check_data(command)
     elif isinstance(command, SplitImagenet):
-        from fpdarts.data import open_data, write_split
-
-        data = open_data(command.data)
-        counts = write_split(data, command.weights, command.architecture, command.seed, command.out)
-        for name, count in counts.items():
-            print(f"{Path(command.out) / name}: {count:,} images")
+        _split_imagenet(command)
     else:
         _genotype(command.action)
 
@@ -175,8 +184,7 @@ def _as_saved(command, arguments):
 
     if command.out is None:
         raise RunError("--resume needs --out, the directory of the run to go on with")
-    saved = type(command)(**read_config(Path(command.out), arguments[0]))
-    saved = replace(saved, out=command.out, resume=True)
+    saved = replace(read_config(Path(command.out), type(command)), out=command.out, resume=True)
     # Parsed again over what was saved: what differs then was given on the command line. A flag that was saved as true
     # may be given again, for which it must keep both of its forms (--unrolled, --no-unrolled).
     asked = tyro.cli(type(command), args=arguments[1:], default=saved, config=_CONF)
@@ -192,7 +200,7 @@ def _as_saved(command, arguments):
 
 def _print_result(result: dict, as_json: bool):
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for name, value in result.items():
         if name == "genotype":
@@ -220,9 +228,8 @@ def _check_kernels(command):
 
     report = check_kernels(command.kernels, command.device, command.amp, say)
     rows = report["rows"]
-    if command.json:  # which has no word for infinity
-        rows = [{name: None if value == math.inf else value for name, value in row.items()} for row in rows]
-        print(json.dumps({**report, "rows": rows}))
+    if command.json:
+        print(to_json(report))
     if not report["passed"]:
         wrong = sum(not row["passed"] for row in rows)
         raise KernelMismatch(
@@ -231,15 +238,27 @@ def _check_kernels(command):
         )
 
 
+def _split_imagenet(command):
+    from fpdarts.data import open_data, write_split
+    from fpdarts.data.folder import is_image_folder
+
+    # Names and labels are the same under every protocol, and this one opens no image to find them.
+    protocol = "imagenet" if is_image_folder(Path(command.data).expanduser()) else None
+    data = open_data(command.data, protocol, skip=command.skip)
+    counts = write_split(data, command.weights, command.architecture, command.seed, command.out)
+    for name, count in counts.items():
+        print(f"{Path(command.out) / name}: {count:,} images")
+
+
 def _check_data(command):
+    from fpdarts.data.lists import write_list
     from fpdarts.data.preflight import check_folder, summary
-    from fpdarts.files import replacing
 
     report = check_folder(command.path)
-    print(json.dumps(report) if command.json else summary(report))
+    # A name that is not UTF-8 is printed with its bytes as numbers.
+    print(json.dumps(report) if command.json else summary(report).encode(errors="backslashreplace").decode())
     if command.bad is not None:
-        with replacing(command.bad) as file:
-            file.writelines(f"{name}\n".encode() for name in report["bad"])
+        write_list(command.bad, report["bad"])
     if not report["ok"]:
         listed = f"listed in {command.bad}" if command.bad else "--bad FILE lists them for --skip"
         raise DataError(
@@ -253,7 +272,10 @@ def _genotype(action):
 
     if isinstance(action, Import):
         origin = "standard input" if action.text == "-" else action.text
-        text = sys.stdin.read() if action.text == "-" else Path(action.text).read_text()
+        try:
+            text = sys.stdin.read() if action.text == "-" else Path(action.text).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{origin}: not text in UTF-8: {error}") from None
         Genotype.parse(text, origin).save(action.out)
         return
     genotype = find(action.genotype)

@@ -4,13 +4,15 @@ A field that is None takes the protocol's value once the data is known (``resolv
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, fields, replace
+from types import UnionType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from fpdarts.kernels import BACKENDS
 from fpdarts.space import DEFAULT_SUBSETS
 
 Protocol = Literal["digits", "cifar", "imagenet"]
-Kernels = Literal["auto", "reference", "native", "triton"]
+Kernels = Literal[("auto", *BACKENDS)]
 Reader = Literal["auto", "resident", "dali", "torchvision"]
 Amp = Literal["off", "bf16"]
 Stem = Literal["cifar", "imagenet"]
@@ -68,6 +70,7 @@ class RunConfig:
 class SearchConfig(RunConfig):
     """Search for a genotype."""
 
+    command: ClassVar[str] = "search"
     partial: int = 2
     """K: a path reads 1/K of the channels."""
     nodes: int = 4
@@ -105,6 +108,7 @@ class SearchConfig(RunConfig):
 class RetrainConfig(RunConfig):
     """Train the network that a genotype describes, and test it once, at the end."""
 
+    command: ClassVar[str] = "retrain"
     genotype: str = "PC_DARTS_cifar"
     """A published genotype's name, a genotype file, or the directory of a search."""
     auxiliary_weight: float | None = None
@@ -113,7 +117,7 @@ class RetrainConfig(RunConfig):
     """Probability at the end of training; it grows linearly from 0."""
     label_smoothing: float | None = None
     cutout: int | None = None
-    """Side of the square that is cut out of every image, protocol cifar only; 0 for none."""
+    """Side of the square that is cut out of every image, 16 with protocol cifar; 0 for none."""
     kernels: Kernels = "auto"
     holdout: float = 0.0
     """Part of the training images kept for validation; the test set is read once, at the end."""
@@ -197,39 +201,69 @@ def resolved(config: SearchConfig | RetrainConfig, protocol: str) -> SearchConfi
     config = replace(config, protocol=protocol, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if searching and config.architecture_from is None:
         config = replace(config, architecture_from=round(config.epochs * ARCHITECTURE_START[protocol]))
-    _check(config)
+    require_in_range(config)
     return config
 
 
-def _check(config):
+# What a field must be, and when it is; a field that is None stays open.
+_RANGES = {
+    "at least 1": (
+        lambda value: value >= 1,
+        "epochs batch_size init_channels cells validate_every partial nodes limit image_size",
+    ),
+    "positive": (
+        lambda value: 0 < value < math.inf,
+        "learning_rate gradient_clip architecture_learning_rate unrolled_step_size",
+    ),
+    "at least 0": (
+        lambda value: 0 <= value < math.inf,
+        "weight_decay momentum workers architecture_weight_decay architecture_clip architecture_from verify_every "
+        "auxiliary_weight cutout",
+    ),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, "drop_path holdout label_smoothing"),
+    "between 0 and 1": (lambda value: 0 < value < 1, "weight_fraction architecture_fraction"),
+    "at least 0 and below 2**63": (lambda value: 0 <= value < 2**63, "seed"),
+}
+
+
+def require_in_range(config: SearchConfig | RetrainConfig | EvaluateConfig):
+    """Raises ValueError, naming the field, for a value out of its range."""
+
     def require(fine: bool, field: str, what: str):
         if not fine:
             raise ValueError(f"--{field.replace('_', '-')} must be {what}, not {getattr(config, field)}")
 
-    for field in ("epochs", "batch_size", "init_channels", "cells", "validate_every"):
-        require(getattr(config, field) >= 1, field, "at least 1")
-    for field in ("learning_rate", "gradient_clip"):
-        require(getattr(config, field) > 0, field, "positive")
-    for field in ("weight_decay", "momentum", "seed"):
-        require(getattr(config, field) >= 0, field, "at least 0")
-    require(config.workers is None or config.workers >= 0, "workers", "at least 0")
-    if isinstance(config, SearchConfig):
-        if config.split is None:
-            for field in FRACTIONS:
-                require(0 < getattr(config, field) < 1, field, "between 0 and 1")
-            rest = 1 - config.weight_fraction
-            require(
-                config.architecture_fraction < rest + 1e-9,
-                FRACTIONS[1],
-                f"at most 1 - {config.weight_fraction} (--weight-fraction)",
-            )
-        require(config.architecture_from >= 0, "architecture_from", "at least 0")
-        require(config.verify_every >= 0, "verify_every", "at least 0")
-        require(config.unrolled_step_size > 0, "unrolled_step_size", "positive")
-    else:
-        require(0 <= config.drop_path < 1, "drop_path", "at least 0 and below 1")
-        require(0 <= config.holdout < 1, "holdout", "at least 0 and below 1")
-        require(0 <= config.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
+    for what, (fits, names) in _RANGES.items():
+        for field in names.split():
+            if (value := getattr(config, field, None)) is not None:
+                require(fits(value), field, what)
+    if isinstance(config, SearchConfig) and config.split is None:
+        fits = config.architecture_fraction < 1 - config.weight_fraction + 1e-9
+        require(fits, FRACTIONS[1], f"at most 1 - {config.weight_fraction} (--weight-fraction)")
+
+
+def restored(kind: type, saved: dict[str, Any]) -> SearchConfig | RetrainConfig:
+    """The configuration that config.json holds; a field that it lacks, as an older version's may, has its default.
+
+    Raises ValueError for a field that there is not, or a value that is none of its.
+    """
+    hints, known = get_type_hints(kind), {field.name for field in fields(kind)}
+    for name, value in saved.items():
+        if name not in known:
+            raise ValueError(f"{name} is no option of this version; go on with the version that wrote it")
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{value!r} is no value of {name}; restore the file from a copy")
+    return kind(**saved)
+
+
+def _fits(value, hint) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType) or get_args(hint):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def learning_rate(config: SearchConfig | RetrainConfig, epoch: int) -> float:

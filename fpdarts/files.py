@@ -1,15 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON."""
 
+import json
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from fpdarts.errors import RunError
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of ``path`` when all of it is on disk. Raises OSError.
+    """A binary file that takes the place of ``path`` when all of it is on disk. Raises OSError, which names it.
 
     Until then it lies beside it (a rename stays within one file system) under one fixed hidden name, so that what a
     killed process left there is overwritten by the next.
@@ -22,5 +26,34 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def to_json(value: Any, **options) -> str:
+    """As json.dumps; a number that is infinite or none becomes null: JSON has no word for it."""
+    return json.dumps(_with_words(value), allow_nan=False, **options)
+
+
+def _with_words(value):
+    if isinstance(value, dict):
+        return {key: _with_words(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_words(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json_object(path: str | os.PathLike) -> dict:
+    """Raises RunError, which names the file, if it holds anything but one object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}; restore it from a copy") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no JSON object; restore it from a copy")
+    return value

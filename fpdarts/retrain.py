@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from fpdarts.training import (
     evaluate_model,
     not_evaluated,
     require_finite,
+    require_finite_loss,
     select_amp,
     select_device,
     select_kernels,
@@ -38,7 +40,8 @@ def retrain(config: RetrainConfig) -> dict:
     device = select_device(config.device)
     amp = select_amp(config.amp, device)
     serving, told = select_kernels(config.kernels, amp, device, "derived_cell")  # fails now, with the reason
-    genotype = find(config.out if config.resume else config.genotype)  # a resumed run keeps the copy it started with
+    kept = config.resume and (Path(config.out) / "genotype.json").is_file()
+    genotype = find(config.out if kept else config.genotype)  # a resumed run keeps the copy it started with
     data = open_data(config.data, config.protocol, config.image_size, config.skip)
     config = configuration.resolved(replace(config, amp=amp), data.protocol)
     reader, told_reader = select_reader(config.loader, data)
@@ -50,14 +53,14 @@ def retrain(config: RetrainConfig) -> dict:
     take_step = _steps(config, network, optimizer, device)
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
-    if (result := run.finished(config.epochs)) is not None:
-        return result
+    if run.result is not None:
+        return run.result
+    if not (run.path / "genotype.json").is_file():
+        genotype.save(run.path / "genotype.json")
     print(told, told_reader, sep="\n", file=sys.stderr)
     take_steps = partial(take_retraining_steps, drop_path=config.drop_path)
     compile_steps(take_steps, network, data.image_size, serving, device, amp)
     prepare_optimizer(optimizer, device)  # again: the state may come from another device
-    if not config.resume:
-        genotype.save(run.path / "genotype.json")
 
     top5, steps = data.protocol == "imagenet", len(train_loader)
     progress = Progress(config.epochs, steps, first_epoch)
@@ -78,6 +81,7 @@ def retrain(config: RetrainConfig) -> dict:
             due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
             if due:
                 metrics |= evaluate_model(network, holdout_loader, amp, top5, "valid")
+                require_finite_loss(metrics, "valid", rate, run.path)
             else:
                 metrics |= not_evaluated(top5, "valid")
         run.write_epoch(metrics)
@@ -85,6 +89,7 @@ def retrain(config: RetrainConfig) -> dict:
     progress.close()
 
     tested = evaluate_model(network, test_loader, amp, top5, "test")
+    require_finite_loss(tested, "test", learning_rate(config, config.epochs - 1), run.path)
     return run.write_result(serving, amp, device, **tested, **count(network, data.image_size))
 
 

@@ -8,35 +8,43 @@ checkpoints/     epoch-0000.pt, ...: the newest and the one before it
 tensorboard/     the same metrics, for plots
 """
 
+import io
 import json
-import pickle
 import random
 import re
 import sys
+import tempfile
+import zipfile
 from datetime import datetime
-from math import isfinite
 from pathlib import Path
 
 import torch
 
-from fpdarts.config import as_dict
+from fpdarts.config import as_dict, restored
 from fpdarts.errors import RunError
-from fpdarts.files import replacing
+from fpdarts.files import read_json_object, replacing, to_json
 
 
 class Run:
-    """One run directory, open for writing."""
+    """One run directory, open for writing. result: what write_result wrote, of a run that had reached its end before it
+    was opened: then nothing is left to do.
+    """
 
     def __init__(self, path: Path, metrics: list[dict]):
         self.path, self.metrics, self._stateful, self._facts = path, metrics, {}, {}
-        (path / "checkpoints").mkdir(exist_ok=True)
-        self._tensorboard = None
+        self.result, self._tensorboard = None, None
+
+    def _prepare_writing(self):
+        """Raises OSError, before anything is trained, where that is impossible."""
+        with tempfile.TemporaryFile(dir=self.path):
+            pass
+        (self.path / "checkpoints").mkdir(exist_ok=True)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             print("tensorboard is not installed: metrics.jsonl has the metrics, there are no plots", file=sys.stderr)
         else:
-            self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=len(metrics))
+            self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=len(self.metrics))
 
     @classmethod
     def open(cls, command: str, config, data, stateful: dict) -> tuple["Run", int]:
@@ -46,7 +54,7 @@ class Run:
 
         stateful: name -> what has state_dict and load_state_dict. data: ImageData, which must be what it was.
         """
-        facts = {"classes": list(data.classes), "training_images": len(data.train)}
+        facts = {"classes": list(data.classes), "training_images": len(data.train), "listing": data.listing()}
         if not config.resume:
             out = config.out or Path("runs") / f"{command}-{Path(data.source).name}-{datetime.now():%Y%m%d-%H%M%S}"
             run, first_epoch = cls.create(Path(out), command, as_dict(config)), 0
@@ -54,13 +62,19 @@ class Run:
             run, checkpoint = cls.resume(Path(config.out))
             first_epoch = len(run.metrics)
             if checkpoint is not None:
-                if checkpoint["data"] != facts:
+                # Only what it has: a run that an older version began has no listing.
+                if any(facts.get(name) != value for name, value in checkpoint["data"].items()):
                     raise RunError(
                         f"{data.source} is not the data that the run in {config.out} began with; restore them"
                     )
                 for name, item in stateful.items():
-                    item.load_state_dict(checkpoint[name])
+                    restore(item, checkpoint, name, run.path)
                 restore_random_state(checkpoint["random"])
+            file = run.path / "result.json"
+            if len(run.metrics) == config.epochs and file.is_file():
+                run.result = read_json_object(file) | {"run": str(run.path)}  # it may have been moved
+            else:
+                run._prepare_writing()
         run._stateful, run._facts = stateful, facts
         print(
             f"run directory: {run.path}" + (f", from epoch {first_epoch + 1}" if config.resume else ""), file=sys.stderr
@@ -69,14 +83,15 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, command: str, config: dict) -> "Run":
-        """A new run. Raises RunError if the directory holds anything."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """A new run. Raises RunError if the directory holds anything, and OSError if it cannot be written to."""
+        if path.exists() and (not path.is_dir() or any(file.suffix != ".partial" for file in path.iterdir())):
             raise RunError(
                 f"{path} is not an empty directory: a run never overwrites another; choose a new --out, or add --resume"
             )
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, [])
-        run.write_json("config.json", {"command": command, "version": version(), **config})
+        run.write_json("config.json", {"command": command, "version": version(), **config})  # first: now it is a run
+        run._prepare_writing()
         return run
 
     @classmethod
@@ -93,17 +108,14 @@ class Run:
 
     def write_json(self, name: str, content: dict):
         with replacing(self.path / name) as file:
-            file.write((json.dumps(content, indent=2) + "\n").encode())
+            file.write((to_json(content, indent=2) + "\n").encode())
 
     def write_epoch(self, metrics: dict):
-        """Save an epoch's metrics, then a checkpoint of all that a resumed run needs; the previous one stays.
-
-        A number that is infinite or none becomes null: JSON has no word for it.
-        """
+        """Save an epoch's metrics, then a checkpoint of all that a resumed run needs; the previous one stays."""
         epoch = metrics["epoch"]
-        self.metrics.append({k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()})
+        self.metrics.append(metrics)
         with replacing(self.path / "metrics.jsonl") as file:
-            file.writelines((json.dumps(line) + "\n").encode() for line in self.metrics)
+            file.writelines((to_json(line) + "\n").encode() for line in self.metrics)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)) and name != "epoch":
@@ -111,15 +123,12 @@ class Run:
             self._tensorboard.flush()
 
         state = {name: item.state_dict() for name, item in self._stateful.items()}
+        written = io.BytesIO()  # of a full disk PyTorch would say only that a position is unexpected
+        torch.save({"epoch": epoch, "data": self._facts, "random": _random_state(), **state}, written)
         with replacing(self.path / "checkpoints" / f"epoch-{epoch:04d}.pt") as file:
-            torch.save({"epoch": epoch, "data": self._facts, "random": _random_state(), **state}, file)
+            file.write(written.getbuffer())
         for _, old in _checkpoints(self.path)[2:]:
             old.unlink()
-
-    def finished(self, epochs: int) -> dict | None:
-        """What write_result wrote, if the run had reached its end before it was opened: then nothing is left to do."""
-        file = self.path / "result.json"
-        return json.loads(file.read_text()) if len(self.metrics) == epochs and file.is_file() else None
 
     def write_result(self, kernels: str, amp: str, device: torch.device, **found) -> dict:
         """result.json: the run's path, what computed it, the last epoch's metrics, what was found, and its seconds of
@@ -127,7 +136,7 @@ class Run:
         """
         result = {"run": str(self.path), "kernels": kernels, "amp": amp, "device": str(device)}
         result |= {name: value for name, value in self.metrics[-1].items() if name.startswith(("train_", "valid_"))}
-        result |= {**found, "seconds": sum(line["seconds"] for line in self.metrics)}
+        result |= {**found, "seconds": sum(line.get("seconds", 0) for line in self.metrics)}
         self.write_json("result.json", result)
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -144,24 +153,35 @@ def version() -> str:
         return "not installed"
 
 
-def read_config(path: Path, command: str) -> dict:
-    """The configuration of a run. Raises RunError if there is none, or if it is of another command."""
+def read_config(path: Path, kind: type):
+    """The configuration of a run; kind: SearchConfig or RetrainConfig. Raises RunError if there is none, if it is of
+    another command, or of an option or value that there is not.
+    """
     file = Path(path) / "config.json"
     if not file.is_file():
         raise RunError(f"{path} holds no run: {file} is missing")
+    saved = read_json_object(file)
+    if saved.pop("command", None) != kind.command:
+        raise RunError(f"{path} is not the directory of a {kind.command} run")
+    version = saved.pop("version", None)
     try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise RunError(f"{file} is not JSON: {error}") from None
-    if config.pop("command", None) != command:
-        raise RunError(f"{path} is not the directory of a {command} run")
-    config.pop("version", None)
-    return config
+        return restored(kind, saved)
+    except ValueError as error:
+        raise RunError(f"{file}, which fpdarts {version} wrote: {error}") from None
 
 
 def read_metrics(path: Path) -> list[dict]:
-    file = Path(path) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    """Of each epoch. Raises RunError for a line that is none's."""
+    file, metrics = Path(path) / "metrics.jsonl", []
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            metrics.append(None)
+        if not isinstance(metrics[-1], dict) or "epoch" not in metrics[-1]:
+            raise RunError(f"{file}: line {number} holds no epoch's metrics; restore the file from a copy")
+    return metrics
 
 
 def _checkpoints(path: Path) -> list[tuple[int, Path]]:
@@ -189,10 +209,34 @@ def load_checkpoint(path: Path, missing_ok: bool = False) -> dict | None:
         raise RunError(f"{path} holds no checkpoint yet")
     for _, file in files:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            print(f"warning: {file} cannot be read ({error}); trying the one before it", file=sys.stderr, flush=True)
-    raise RunError(f"none of the checkpoints in {path} can be read")
+            return _read_checkpoint(file)
+        except Exception as error:  # what damaged bytes raise has no limits
+            told = str(error).partition("\n")[0] or type(error).__name__
+            print(f"warning: {file} cannot be read ({told}); trying the one before it", file=sys.stderr, flush=True)
+    raise RunError(f"none of the checkpoints in {path} can be read; restore one, or start anew in another --out")
+
+
+def _read_checkpoint(file: Path) -> dict:
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()  # PyTorch does not look at the sums that it writes
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or not {"epoch", "data", "random"} <= checkpoint.keys():
+        raise ValueError("it is no checkpoint of a run")
+    return checkpoint
+
+
+def restore(item, checkpoint: dict, name: str, run: str | Path):
+    """Loads a part of a checkpoint. Raises RunError if it is not of what the run's files describe."""
+    try:
+        item.load_state_dict(checkpoint[name])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise RunError(
+            f"the checkpoint of {run} has another {name.replace('_', ' ')} than its config.json and genotype.json "
+            f"describe ({told}); restore what was changed"
+        ) from None
 
 
 def _random_state() -> dict:

@@ -25,6 +25,7 @@ from fpdarts.training import (
     evaluate_model,
     not_evaluated,
     require_finite,
+    require_finite_loss,
     select_amp,
     select_device,
     select_kernels,
@@ -55,8 +56,8 @@ def search(config: SearchConfig) -> dict:
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
     run, first_epoch = Run.open("search", config, data, stateful)
-    if (result := run.finished(config.epochs)) is not None:
-        return result
+    if run.result is not None:
+        return run.result
     print(told, told_reader, sep="\n", file=sys.stderr)
     compile_steps(take_search_steps, model, data.image_size, serving, device, amp)
     for optimizer in (weight_optimizer, architect.optimizer):
@@ -88,6 +89,7 @@ def search(config: SearchConfig) -> dict:
         due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
         if due:
             metrics |= evaluate_model(model, validation_loader, amp, top5, "valid", (gates.expected(),))
+            require_finite_loss(metrics, "valid", rate, run.path)
         else:
             metrics |= not_evaluated(top5, "valid")
         metrics |= {name: getattr(model, name).tolist() for name in ARCHITECTURE}

@@ -1,5 +1,6 @@
 """What the search, retraining and evaluation loops share: metrics, progress, mixed precision, a pass over images."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -20,13 +21,14 @@ def select_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 
 def select_amp(amp: str | None, device: torch.device) -> str:
+    """``off`` or ``bf16``; of None what the device is fastest in."""
     return amp or ("bf16" if device.type == "cuda" else "off")
 
 
@@ -50,6 +52,7 @@ def select_kernels(name: str, amp: str, device: torch.device, function: str = "c
 
 
 def autocast(amp: str, device: torch.device):
+    """A context of mixed precision, or of none."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
@@ -144,12 +147,25 @@ def require_finite(meter: Meter, steps_before: int, learning_rate: float, run: P
     """Raises NonFiniteLoss if any loss of the epoch so far is infinite or not a number."""
     bad = meter.first_non_finite()
     if bad is not None:
-        checkpoint = newest_checkpoint(run)
-        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        raise NonFiniteLoss(
-            f"the loss became infinite or not a number at step {steps_before + bad} (step {bad} of its epoch), "
-            f"learning rate {learning_rate:g}; {last}. Start anew with a lower --learning-rate, or with --amp off"
+        _diverged(
+            f"the loss became infinite or not a number at step {steps_before + bad} (step {bad} of its epoch)",
+            learning_rate,
+            run,
         )
+
+
+def require_finite_loss(metrics: dict, prefix: str, learning_rate: float, run: Path):
+    """Raises NonFiniteLoss if that of an evaluation is infinite or not a number: an epoch's last step may do that."""
+    if not math.isfinite(metrics[f"{prefix}_loss"]):
+        _diverged(f"the loss of the {prefix} images is infinite or not a number after the epoch", learning_rate, run)
+
+
+def _diverged(what: str, learning_rate: float, run: Path):
+    checkpoint = newest_checkpoint(run)
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    raise NonFiniteLoss(
+        f"{what}, learning rate {learning_rate:g}; {last}. Start anew with a lower --learning-rate, or with --amp off"
+    )
 
 
 @torch.no_grad()

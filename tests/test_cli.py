@@ -161,6 +161,7 @@ def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path
         ("search --device cpu --kernels triton", "kernels 'triton' cannot run here: "),
         ("search --device cpu --kernels native --amp bf16", "kernels 'native' cannot run here: "),
         ("search --device gpu", "--device gpu cannot be used here"),
+        ("search --device meta", "--device meta cannot be used here"),
         ("search --epochs 0", "--epochs must be at least 1"),
         ("search --subsets sep_conv_9x9", "unknown operation 'sep_conv_9x9'; the operations are"),
         ("search --init-channels 5", "5 channels cannot be cut into 2"),
@@ -173,6 +174,7 @@ def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path
         ("retrain --auxiliary-weight 0.4", "auxiliary head meets a 2x2 map"),
         ("retrain --cells 2", "at least 3 cells"),
         ("evaluate --run nowhere", "nowhere holds no run"),
+        ("evaluate --run nowhere --batch-size 0", "--batch-size must be at least 1"),
         ("genotype show nowhere.json", "nowhere.json"),
         ("genotype draw DARTS_V1 --out cell.jpg", "svg"),
     ],
@@ -195,6 +197,41 @@ def test_a_diverging_search_stops_with_step_rate_and_checkpoint(tmp_path, capsys
     status, _, err = run(capsys, "search", "--out", tmp_path / "r", "--epochs", "4", "--learning-rate", "1e30", *TINY)
     assert status == 1
     assert "not a number at step" in err and "learning rate 1e+30" in err and "there is no checkpoint yet" in err
+
+
+@pytest.mark.parametrize("command", ["search", "retrain"])
+def test_an_epoch_whose_last_step_diverges_leaves_no_checkpoint(tmp_path, capsys, command):
+    options = "--limit 100 --init-channels 4 --cells 3 --batch-size 100 --epochs 1 --learning-rate 1e30".split()
+    status, _, err = run(capsys, command, "--out", tmp_path / "r", *options)
+    assert status == 1 and "is infinite or not a number after the epoch, learning rate 1e+30" in err
+    if command == "search":  # a retraining without --holdout looks at its weights in the end only
+        assert "there is no checkpoint yet" in err and not any((tmp_path / "r" / "checkpoints").iterdir())
+
+
+def test_a_retraining_killed_before_it_saved_its_genotype_goes_on(retrained, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((retrained / "config.json").read_text())
+    status, _, err = run(capsys, "retrain", "--resume", "--out", tmp_path)
+    assert status == 0, err
+    for name in ("genotype.json", "result.json"):
+        ours, theirs = (json.loads((path / name).read_text()) for path in (tmp_path, retrained))
+        assert {k: v for k, v in ours.items() if k not in ("run", "seconds")} == {
+            k: v for k, v in theirs.items() if k not in ("run", "seconds")
+        }
+
+
+def test_a_finished_run_that_was_moved_is_read_only(retrained, tmp_path, capsys):
+    for name in ("config.json", "metrics.jsonl", "result.json", "genotype.json"):
+        (tmp_path / name).write_bytes((retrained / name).read_bytes())
+    (tmp_path / "checkpoints").symlink_to(retrained / "checkpoints")
+    status, out, err = run(capsys, "retrain", "--out", tmp_path, "--resume", "--json")
+    assert status == 0 and json.loads(out)["run"] == str(tmp_path), err
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_reader_may_have_enough_of_the_output():
+    command = f"{sys.executable} -m fpdarts genotype show DARTS_V1 --json | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_resuming_a_finished_run_trains_and_tests_nothing(retrained, capsys):

@@ -12,6 +12,7 @@ from PIL import Image
 from fpdarts.data import DataError, Loader, in_memory, open_data
 from fpdarts.data.folder import read_image
 from fpdarts.data.images import NORMALIZATION
+from fpdarts.data.preflight import check_folder
 from tests.made import CIFAR, random_pixels, write_cifar, write_folder, write_image, write_pickle
 
 
@@ -230,6 +231,37 @@ def test_truncated_image(tmp_path):
     for protocol in ("cifar", "imagenet"):  # verify() reads the checksums of a PNG, so this does not wait for a worker
         with pytest.raises(DataError, match=r"train/dog/1\.png: cannot be read"):
             usable(tmp_path, protocol)
+
+
+def test_png_without_its_end_or_with_a_wrong_checksum(tmp_path):
+    """Which Pillow shows all the same; every reader refuses it, and check-data tells so."""
+    write_folder(tmp_path)
+    cut, wrong = tmp_path / "train" / "cat" / "1.png", tmp_path / "train" / "dog" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:-12])
+    content = bytearray(wrong.read_bytes())
+    content[-13] ^= 255  # the last of the pixels' checksum
+    wrong.write_bytes(content)
+    for path in (cut, wrong):
+        with pytest.raises(DataError, match=rf"{path}: cannot be read as an image"):
+            read_image(str(path))
+    assert check_folder(tmp_path)["findings"] == {"truncated or damaged": ["train/cat/1.png", "train/dog/1.png"]}
+
+
+def test_links_to_folders(tmp_path):
+    """Followed by the readers as by check-data, but for those that lead back."""
+    root = write_folder(tmp_path / "images")
+    write_image(tmp_path / "more" / "3.png")
+    cat = root / "train" / "cat"
+    (cat / "more").symlink_to(tmp_path / "more")
+    for name, target in (("itself", "../cat"), ("all", ".."), ("both", "../../..")):
+        (cat / name).symlink_to(target)
+    (tmp_path / "more" / "back").symlink_to(cat)
+    expected = [str(cat / name) for name in ("0.png", "1.png", "2.png", "more/3.png")]
+    data = open_data(root)
+    assert [*data.train.paths[:4]] == expected and data.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert check_folder(root)["images"] == 7 + 6
+    (tmp_path / "more" / "3.png").write_text("no image")
+    assert check_folder(root)["bad"] == ["train/cat/more/3.png"]
 
 
 def test_path_errors(tmp_path):

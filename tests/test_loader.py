@@ -197,6 +197,19 @@ def test_files_epoch_is_pure_and_independent_of_workers(files):
     assert not torch.equal(expected[0][0], epoch_of(one, 2)[0][0]), "epochs must differ"
 
 
+def test_seeds_of_more_than_32_bits():
+    from fpdarts.data.loader import _mix
+
+    assert _mix(5, 3) == int(np.random.SeedSequence((5, 3)).generate_state(1, np.uint64)[0]), "as runs have begun with"
+    mixed = [_mix(seed, epoch) for seed in (0, 1, 2**32, 2**32 + 1, 2**64 - 1) for epoch in (0, 1, 2)]
+    assert len({*mixed}) == len(mixed)
+    data = resident()
+    with pytest.raises(ValueError, match="seed must be below 2.64, but is 99999999999999999999"):
+        Loader(data.train, data, 8, None, seed=99999999999999999999)
+    with pytest.raises(ValueError, match="--seed must be below 2.64, not 99999999999999999999"):
+        data.train.split(0.5, seed=99999999999999999999)
+
+
 @pytest.mark.parametrize("kind", ["resident", "files", "files, 2 workers"])
 def test_global_random_state_is_untouched(kind, request):
     data = resident() if kind == "resident" else request.getfixturevalue("files")

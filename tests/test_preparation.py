@@ -2,6 +2,11 @@
 
 import json
 import os
+import struct
+import subprocess
+import sys
+import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +16,7 @@ from PIL import Image
 
 from fpdarts.data import DataError, in_memory, open_data, read_split, write_split
 from fpdarts.data import cache as cache_module
+from fpdarts.data.preflight import check_folder
 from tests.command import run
 from tests.made import random_pixels, write_folder, write_image
 
@@ -68,13 +74,22 @@ def test_changed_contents_are_decoded_again(folder):
     assert torch.equal(pixels[:6], first[:6])
 
 
-@pytest.mark.parametrize("damage", ["half", "header", "empty", "other"])
+@pytest.mark.parametrize("damage", ["half", "header", "empty", "other", "longer", "syntax", "zip", "order"])
 def test_a_damaged_cache_is_made_again(folder, damage):
     path, cache, decoded = folder
     pixels_of(path)
     (file,) = cache.glob("*.npy")
+    content = file.read_bytes()
+    changes = {
+        "longer": (b"", b""),
+        "syntax": (b"{'", b"{("),
+        "zip": (b"\x93NUM", b"PK\3\4"),
+        "order": (b"False", b" True"),
+    }
     if damage == "other":
         np.save(file, np.zeros((8, 4, 4, 3), np.uint8))
+    elif damage in changes:
+        file.write_bytes(content.replace(*changes[damage], 1) + (b"more" if damage == "longer" else b""))
     else:
         os.truncate(file, {"half": file.stat().st_size // 2, "header": 40, "empty": 0}[damage])
     assert_right(pixels_of(path))
@@ -98,6 +113,80 @@ def test_of_several_at_once_one_decodes(folder):
         for pixels in pool.map(pixels_of, [path] * 4):
             assert_right(pixels)
     assert len(decoded) == 8
+
+
+HOLDER = """
+import multiprocessing, sys, time
+from pathlib import Path
+from fpdarts.data import cache, folder
+
+def slow(paths, **options):
+    Path(paths[0]).with_suffix(".begun").touch()
+    time.sleep(600)
+
+multiprocessing.set_start_method("fork")  # whose children inherit what is open
+folder.CHUNK, folder.cores, cache.decode_chunk = 1, lambda: 2, slow
+cache.decoded(tuple(sys.argv[1:]), 16, False)
+"""
+
+
+@pytest.fixture
+def holding(folder, monkeypatch):
+    """A process that decodes the folder's images, with workers, and does not come to an end."""
+    path, _, _ = folder
+    monkeypatch.setattr("fpdarts.data.folder.CHUNK", 1)  # as there, for the array's name depends on it
+    monkeypatch.setattr("fpdarts.data.folder.cores", lambda: 1)
+    files = open_data(path).train.paths
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, *files], stdout=subprocess.PIPE)
+    while len(list(path.glob("train/*/*.begun"))) < 2:  # both workers
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.communicate(timeout=60)  # at an end when no worker has the other end of the pipe any more
+
+
+def test_a_killed_process_leaves_neither_lock_nor_workers(folder, holding, capsys):
+    path, cache, decoded = folder
+    (lock,) = cache.glob("*.lock")
+    holding.kill()
+    holding.wait()
+    assert_right(pixels_of(path))
+    assert len(decoded) == 8 and [*cache.glob("*.lock")] == [lock] and "waiting" not in capsys.readouterr().err
+    holding.communicate(timeout=60)  # at an end when no worker has the other end of the pipe any more
+
+
+def test_who_waits_says_so(folder, holding, capfd):
+    path, cache, _ = folder
+    with ThreadPoolExecutor(1) as pool:
+        pixels = pool.submit(pixels_of, path)
+        told = ""
+        while "\n" not in told:
+            told += capfd.readouterr().err
+            time.sleep(0.05)
+        (lock,) = cache.glob("*.lock")
+        assert told == f"waiting for another process that decodes the same images (it holds {lock})\n"
+        holding.kill()
+        assert_right(pixels.result())
+
+
+def test_a_cache_that_can_only_be_read_is_used(folder, monkeypatch):
+    path, cache, decoded = folder
+    pixels_of(path)
+    (lock,) = cache.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()  # cannot be opened, not even by root
+    assert_right(pixels_of(path))
+    assert len(decoded) == 8
+
+
+def test_a_user_without_a_home(folder, monkeypatch, capsys):
+    path, _, _ = folder
+    monkeypatch.delenv("FPDARTS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where it does not know
+    assert_right(pixels_of(path))
+    assert "warning: no cache of decoded images: Could not determine home directory" in capsys.readouterr().err
 
 
 def test_a_failure_leaves_nothing_half_written(folder):
@@ -197,6 +286,60 @@ def test_check_data_of_a_good_folder(tmp_path, capsys):
     assert status == 1 and "is no image folder" in err
 
 
+def test_names_that_are_not_plain_text_can_be_skipped(tmp_path, capsys):
+    root = write_folder(tmp_path / "images")
+    folder, listed = root / "train" / "cat", tmp_path / "bad.txt"
+    names = ["\x0b.png", "\u2028.png", "\x85 \r.png", " .png", os.fsdecode(b"caf\xe9.png")]
+    for name in names:
+        (folder / name).write_text("no image")
+    (folder / "nothing.png").symlink_to("nowhere")
+    status, out, err = run(capsys, "check-data", root, "--bad", listed)
+    assert status == 1 and "not an image: 6" in out and f"6 files cannot be used (listed in {listed})" in err
+    assert b"train/cat/caf\xe9.png\n" in listed.read_bytes()
+    data = open_data(root, skip=listed)
+    assert [os.path.basename(path) for path in data.train.paths] == ["0.png", "1.png", "2.png"] * 2
+    listed.write_bytes(listed.read_bytes().replace(b"\n", b"\r\n"))  # as an editor of Windows leaves it
+    assert open_data(root, skip=listed).train.paths == data.train.paths
+
+    (folder / "two\nlines.png").write_text("no image")
+    listed.unlink()
+    status, _, err = run(capsys, "check-data", root, "--bad", listed)
+    assert status == 1 and r"'train/cat/two\nlines.png': has a line break in its name" in err and not listed.exists()
+
+
+def test_check_data_of_images_too_large(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path)
+    write_image(root / "test" / "dog" / "0.png", 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    status, out, _ = run(capsys, "check-data", root)
+    assert status == 1 and "too large: 1 (stops a run, for it has more pixels than Pillow opens" in out
+
+
+def test_check_data_of_the_root(monkeypatch):
+    from fpdarts.data import preflight
+
+    monkeypatch.setattr(preflight.Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(preflight, "class_folders", lambda part: ["cat"])
+    monkeypatch.setattr(preflight, "class_files", lambda folder: [f"{folder}/0.png"])
+    monkeypatch.setattr(preflight, "_with_progress", lambda files: [(file, ["not an image"]) for file in files])
+    assert preflight.check_folder("/")["bad"] == ["test/cat/0.png", "train/cat/0.png"]
+
+
+def test_16_bit_colours_are_told(tmp_path):
+    root = write_folder(tmp_path, suffix="png")
+    rows = b"".join(b"\0" + random_pixels(16 * 3 * 2, seed=row).tobytes() for row in range(16))
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    content = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    (root / "train" / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert check_folder(root)["findings"] == {"16-bit": ["train/cat/0.png"]}
+
+
 def test_check_data_of_parts(tmp_path, capsys):
     report = json.loads(run(capsys, "check-data", write_folder(tmp_path, ("train",)), "--json")[1])
     assert report["problems"] == ["test/ and val/ are missing; one of them is needed"]
@@ -229,6 +372,32 @@ def test_split_is_balanced_and_reproducible(splittable, tmp_path, capsys):
     assert [path.rpartition("train/")[2] for path in weights.paths] == [line[:-2] for line in one[0].splitlines()]
     status, _, err = run(capsys, *arguments, "--data", splittable, "--out", tmp_path / "one")
     assert status == 1 and "weights.txt exists; choose another --out" in err
+
+
+def test_split_needs_names_only(tmp_path, capsys):
+    """Neither pixels nor their sizes; and with the list of check-data, search takes what it wrote."""
+    root = write_folder(tmp_path / "images", count=8)
+    write_image(root / "train" / "cat" / "1.png", 60, 40)  # protocol cifar would not have it
+    (root / "train" / "cat" / "0.png").write_text("no image")
+    (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / os.fsdecode(b"\xe9\x85.png"))
+    bad, arguments = tmp_path / "bad.txt", "--weights 0.5 --architecture 0.25 --data".split()
+    run(capsys, "check-data", root, "--bad", bad)
+    status, _, err = run(capsys, "split-imagenet", *arguments, root, "--out", tmp_path / "all")
+    assert status == 0, err
+    status, out, err = run(capsys, "split-imagenet", *arguments, root, "--out", tmp_path / "good", "--skip", bad)
+    assert status == 0 and "weights.txt: 7 images" in out, err
+    whole, data = open_data(root, "imagenet"), open_data(root, "imagenet", skip=bad)
+    assert len(data.train) == len(whole.train) - 1
+    for split, part in (("all", whole), ("good", data)):
+        assert len(read_split(tmp_path / split, part.train, part)[0]) == (8 if split == "all" else 7)
+    listed = tmp_path / "all" / "weights.txt"
+    listed.write_bytes(b"cat/\xe9\x85.png 0\n" + listed.read_bytes())
+    with pytest.raises(DataError, match="weights.txt: line 1 names .* or left out by --skip; split .* the same --skip"):
+        read_split(tmp_path / "all", data.train, data)
+    status, _, err = run(capsys, "split-imagenet", "--data", "digits", "--out", tmp_path / "digits")
+    assert status == 1 and "digits: is no image folder" in err
+    status, _, err = run(capsys, "split-imagenet", *arguments, root, "--out", tmp_path / "s", "--seed", 10**20)
+    assert status == 1 and "--seed must be below 2^64, not 1" in err
 
 
 @pytest.mark.parametrize(
@@ -276,3 +445,19 @@ def test_search_reads_the_lists(splittable, tmp_path, capsys):
     for given in ("--limit 9", "--weight-fraction 0.5", "--architecture-fraction 0.1"):
         status, _, err = run(capsys, *arguments[:5], *given.split())
         assert status == 1 and f"{given.split()[0]} and --split exclude each other" in err
+
+
+def test_a_run_goes_on_with_the_same_files_only(splittable, tmp_path, capsys):
+    again = ["search", "--resume", "--out", tmp_path / "run"]
+    options = "--epochs 1 --init-channels 4 --cells 3 --batch-size 6 --architecture-from 0".split()
+    status, _, err = run(capsys, "search", "--data", splittable, *again[2:], *options)
+    assert status == 0, err
+    one, other = splittable / "train" / "cat" / "7.jpg", splittable / "train" / "dog" / "9.jpg"
+    one.rename(other)
+    status, _, err = run(capsys, *again)
+    assert status == 1 and "is not the data that the run in" in err
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch-0000.pt"
+    saved = torch.load(checkpoint)
+    assert saved["data"].pop("listing")  # as an older version left it, which noticed less
+    torch.save(saved, checkpoint)
+    assert run(capsys, *again)[0] == 0

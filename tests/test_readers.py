@@ -1,6 +1,8 @@
 """The loaders' readers against one another: same images, same choices; shards, resuming, errors."""
 
+import gc
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -12,6 +14,7 @@ from fpdarts.cli import main
 from fpdarts.data import Augmentation, DataError, ImageData, Images, Loader, augmentation, in_memory, open_data
 from fpdarts.data import loader as loader_module
 from fpdarts.data.loader import dali_installed, select_reader
+from fpdarts.data.preflight import check_folder
 from fpdarts.run import load_checkpoint, read_metrics
 from tests.made import random_pixels, write_image
 
@@ -45,6 +48,39 @@ def large(tmp_path_factory):
 def small(tmp_path_factory):
     """Files of one size, under protocol cifar."""
     return open_data(write_jpegs(tmp_path_factory.mktemp("small"), lambda number: (32, 32)))
+
+
+COLOURS = Image.fromarray(random_pixels(9, 12, 3)).resize((57, 43))  # an odd number of pixels
+GREY = COLOURS.convert("L")
+EXIF = Image.Exif()
+EXIF[0x010F] = "Maker"
+
+
+def saved(image, **options):
+    return lambda path: image.save(path, **options)
+
+
+ODD_FILES = {  # suffix, what writes it, whether DALI shows it otherwise than Pillow, or fails
+    "TIFF": ("tiff", saved(COLOURS), False),
+    "TIFF, turned": ("tiff", saved(COLOURS, tiffinfo={274: 6}), True),
+    "TIFF, bilevel": ("tiff", saved(GREY.convert("1")), True),
+    "TIFF, grey and alpha": ("tiff", saved(Image.merge("LA", (GREY, GREY))), True),
+    "TIFF, LAB": ("tiff", saved(COLOURS.convert("LAB")), True),
+    "PPM": ("ppm", saved(COLOURS), False),
+    "PPM, plain": ("ppm", lambda path: path.write_text("P3 2 2 255 " + "9 8 7 " * 4), False),
+    "PPM of other levels": ("ppm", lambda path: path.write_bytes(b"P6 8 8 100\n" + bytes(range(96)) * 2), True),
+    "WebP with EXIF": ("webp", saved(COLOURS, exif=EXIF), False),
+    "WebP with an odd chunk": ("webp", lambda path: write_odd_webp(path), True),
+}
+
+
+def write_odd_webp(path):
+    """Lossless, with EXIF tags after a chunk of an odd number of bytes."""
+    for height in range(20, 60):
+        COLOURS.resize((40, height)).save(path, lossless=True, exif=EXIF)
+        if path.read_bytes()[34] % 2:  # the length of the chunk that follows the extended header
+            return
+    raise AssertionError("none has an odd number of bytes")
 
 
 def make(images, data, reader, augment=None, batch_size=4, **options):
@@ -297,11 +333,46 @@ def test_a_file_that_is_damaged_later_is_named(tmp_path, reader):
 
 @needs_dali
 def test_a_file_that_only_dali_cannot_decode_is_named(tmp_path):
+    """Under the name of a JPEG, where it is found when it is decoded."""
     data = open_data(write_jpegs(tmp_path, lambda number: (90, 70)), image_size=32)
     Image.fromarray(random_pixels(70, 90, 3)).save(data.train.paths[9], format="GIF")
+    assert len(all_of(make(data.train, data, "torchvision", augmentation("imagenet", "search")).epoch(0))[1]) == 14
     with pytest.raises(DataError, match=r"train/dog/2.jpg: DALI cannot decode it, though Pillow can .*skip it"):
         all_of(make(data.train, data, "dali", augmentation("imagenet", "search")).epoch(0))
-    assert len(all_of(make(data.train, data, "torchvision", augmentation("imagenet", "search")).epoch(0))[1]) == 14
+
+
+@needs_dali
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_files_that_dali_would_show_otherwise_are_refused_and_told(tmp_path, kind):
+    suffix, write, differs = ODD_FILES[kind]
+    for part in ("train", "test"):
+        (tmp_path / part / "only").mkdir(parents=True)
+        write(tmp_path / part / "only" / f"odd.{suffix}")
+    findings = check_folder(tmp_path)["findings"]
+    assert ("not for DALI" in findings) == differs
+    assert ("TIFF with a rotation tag" in findings) == (kind == "TIFF, turned")
+    data = open_data(tmp_path, "imagenet", image_size=32)
+    if differs:
+        with pytest.raises(DataError, match=rf"odd.{suffix}: DALI cannot decode it as Pillow does"):
+            make(data.test, data, "dali")
+    else:
+        assert torch.equal(*(all_of(make(data.test, data, reader).epoch())[0] for reader in ("dali", "torchvision")))
+
+
+def test_a_failed_epoch_leaves_no_workers(tmp_path):
+    data = open_data(write_jpegs(tmp_path, lambda number: (90, 70)), image_size=32)
+    loader = make(data.train, data, "torchvision")
+    os.truncate(data.train.paths[9], 400)
+    gc.collect()
+    gc.disable()  # which would find a cycle sooner or later
+    try:
+        try:
+            list(loader.epoch())
+        except DataError as error:
+            assert "dog/2.jpg" in str(error)
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -321,6 +392,10 @@ def test_skipped_files_are_left_out(tmp_path):
     (tmp_path / "bad.txt").write_text("train/cat/3.jpg\ntrain/cat/none.jpg\n")
     with pytest.raises(DataError, match="bad.txt: line 2 names train/cat/none.jpg, which is not in"):
         open_data(tmp_path / "images", skip=tmp_path / "bad.txt")
+    for name in (tmp_path / "images/train/cat/3.jpg", "train/cat/../cat/3.jpg"):  # which would leave out nothing
+        (tmp_path / "bad.txt").write_text(f"\n{name}\n")
+        with pytest.raises(DataError, match="bad.txt: line 2 names .*3.jpg; name it as in .*images: train/<class>/"):
+            open_data(tmp_path / "images", skip=tmp_path / "bad.txt")
     with pytest.raises(DataError, match="nowhere.txt: cannot be read as a list"):
         open_data(tmp_path / "images", skip=tmp_path / "nowhere.txt")
     with pytest.raises(DataError, match="digits: are built in, so there are no files to skip"):

@@ -5,6 +5,7 @@ import torch
 
 from fpdarts import files
 from fpdarts import run as runs
+from fpdarts.config import SearchConfig
 from fpdarts.errors import RunError
 from fpdarts.run import Run
 
@@ -57,6 +58,57 @@ def test_an_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     assert [line["epoch"] for line in runs.read_metrics(run.path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("damage", ["text", "a bit", "another file"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    run = written(tmp_path / "run", 2)
+    newest = runs.newest_checkpoint(run.path)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # in the random numbers' state, which PyTorch would read without a word
+    if damage == "another file":
+        torch.save([1, 2], newest)
+    else:
+        newest.write_bytes(b"hello world" if damage == "text" else content)
+    assert runs.load_checkpoint(run.path)["epoch"] == 0
+    assert f"{newest} cannot be read" in capsys.readouterr().err
+    for file in (run.path / "checkpoints").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(RunError, match="none of the checkpoints in .* can be read; restore one"):
+        runs.load_checkpoint(run.path)
+
+
+def test_a_checkpoint_of_something_else_is_refused():
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(RunError, match="the checkpoint of out has another model than its config.json"):
+        runs.restore(model, {"model": torch.nn.Linear(3, 3).state_dict()}, "model", "out")
+    with pytest.raises(RunError, match="another model"):
+        runs.restore(model, {}, "model", "out")
+
+
+@pytest.mark.parametrize("line", ["null", "{", "{}", "3"])
+def test_a_line_without_metrics_is_named(tmp_path, line):
+    run = written(tmp_path / "run", 1)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(RunError, match="metrics.jsonl: line 2 holds no epoch's metrics"):
+        runs.read_metrics(run.path)
+
+
+def test_a_start_that_was_killed_leaves_no_dead_end(tmp_path):
+    (tmp_path / ".config.json.partial").write_text("{")
+    Run.create(tmp_path, "search", {})
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    run = written(tmp_path / "run", 1)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: .*result.json"):
+        run.write_json("result.json", {})
+
+
 def test_lost_metrics_are_an_error(tmp_path):
     run = written(tmp_path / "run", 3)
     (run.path / "metrics.jsonl").write_text("")
@@ -69,14 +121,18 @@ def test_lost_metrics_are_an_error(tmp_path):
     [
         (None, "config.json is missing"),
         ("{", "config.json is not JSON"),
+        ("[1]", "config.json holds no JSON object"),
         ('{"command": "retrain"}', "not the directory of a search run"),
+        ('{"command": "search", "version": "9", "warp": 1}', "fpdarts 9 wrote: warp is no option of this version"),
+        ('{"command": "search", "epochs": "two"}', "'two' is no value of epochs"),
+        ('{"command": "search", "gates": "ajar"}', "'ajar' is no value of gates"),
     ],
 )
 def test_wrong_run_directories_are_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(RunError, match=message):
-        runs.read_config(tmp_path, "search")
+        runs.read_config(tmp_path, SearchConfig)
 
 
 def test_random_states_come_back(tmp_path):

@@ -4,9 +4,12 @@ The name of an array is made of the contents of its files, so that a changed fil
 $FPDARTS_CACHE, or in fpdarts/ of the user's cache folder; FPDARTS_CACHE=off keeps nothing.
 """
 
+import errno
 import hashlib
+import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,12 +33,15 @@ def decoded(paths: tuple[str, ...], side: int, central: bool) -> Tensor:
     stay in memory only.
     """
     decode = partial(decode_chunk, side=side, central=central)
-    folder = cache_folder()
-    if folder is None:
-        return _as_tensor(np.concatenate(list(in_chunks(decode, paths))))
-    file = folder / f"{_key(paths, side, central)}.npy"
-    shape = (len(paths), side, side, 3)
     try:
+        folder = cache_folder()
+        if folder is None:
+            return _as_tensor(np.concatenate(list(in_chunks(decode, paths))))
+        file = folder / f"{_key(paths, side, central)}.npy"
+        shape = (len(paths), side, side, 3)
+        # Before anything is written: the cache may lie where others made it, and may only be read.
+        if (pixels := _mapped(file, shape)) is not None:
+            return _as_tensor(pixels)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_suffix(".lock")):  # of several processes one decodes, the others wait for it
             if (pixels := _mapped(file, shape)) is None:
@@ -52,11 +58,14 @@ def decoded(paths: tuple[str, ...], side: int, central: bool) -> Tensor:
 
 
 def cache_folder() -> Path | None:
-    """Where arrays are kept; None for nowhere."""
+    """Where arrays are kept; None for nowhere. Raises OSError where the user's home directory is not known."""
     chosen = os.environ.get("FPDARTS_CACHE")
     if chosen == "off":
         return None
-    return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpdarts").expanduser()
+    try:
+        return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fpdarts").expanduser()
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def _key(paths: tuple[str, ...], side: int, central: bool) -> str:
@@ -78,25 +87,40 @@ def _digest(paths: tuple[str, ...]) -> bytes:
 def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The array in a file; None if there is none, or another than expected, as a full disk or a copy may leave it."""
     try:
-        # Copy on write: nothing writes, but torch warns of arrays that cannot be written.
-        pixels = np.load(file, mmap_mode="c")
-    except (OSError, ValueError, EOFError):
+        with open(file, "rb") as stored:
+            np.lib.format.read_magic(stored)
+            header = np.lib.format.read_array_header_1_0(stored)
+            size = stored.tell() + math.prod(shape)
+            if header != (shape, False, np.dtype(np.uint8)) or os.fstat(stored.fileno()).st_size != size:
+                return None
+            # Copy on write: nothing writes, but torch warns of arrays that cannot be written.
+            return np.memmap(stored, np.uint8, "c", stored.tell(), shape)
+    except Exception:  # numpy reads a header as Python's source, so that a damaged one raises many kinds
         return None
-    return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+_IN_THIS_PROCESS = threading.Lock()  # between its threads, for which a file's lock is one and the same
+
+
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One process at a time; the lock of a process that was killed is free again."""
+    """One process at a time; the lock of a process that was killed is free again. Who has to wait says so."""
     try:
         import fcntl
     except ImportError:  # not on Windows; there two processes would both decode, and the last one's array stays
         yield
         return
-    with open(file, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _IN_THIS_PROCESS, open(file, "w") as lock:
+        # lockf, not flock: a lock of flock would belong to the forked workers too, and outlive this process with them.
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            print(f"waiting for another process that decodes the same images (it holds {file})", file=sys.stderr)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
         yield

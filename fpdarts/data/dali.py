@@ -14,7 +14,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from fpdarts.data.augment import Views
-from fpdarts.data.folder import read_image, wrong_size
+from fpdarts.data.folder import read_image, refuse_for_dali, wrong_size
 from fpdarts.data.images import Images
 from fpdarts.errors import DataError
 
@@ -23,9 +23,12 @@ PREFETCH = 3  # batches that are under way; more did not help
 
 class DaliReader:
     """images: files or pixels. side: of what is read. resized: whether boxes or sizes will be asked for; otherwise the
-    images must have that side. batch_size: the largest. workers: threads."""
+    images must have that side. batch_size: the largest. workers: threads. Raises DataError naming a file of a kind that
+    DALI decodes otherwise than Pillow, or not at all."""
 
     def __init__(self, images: Images, side: int, resized: bool, batch_size: int, device: torch.device, workers: int):
+        if images.pixels is None:
+            refuse_for_dali(images.paths)
         self._images, self._side, self._resized, self._batch_size = images, side, resized, batch_size
         self._device, self._workers = device, workers
         self._all_in_dali = device.type == "cuda"  # else PyTorch does what follows the box
@@ -117,7 +120,8 @@ class DaliReader:
                 raise wrong_size(self._images.paths[indices[wrong[0]]], (width, height), side)
         if self._all_in_dali or views.size is None:
             return torch.from_dlpack(outputs.as_tensor()).permute(0, 3, 1, 2)
-        # PyTorch resizes bytes on the CPU in a third of DALI's time or less, and bit for bit as torchvision does.
+        # PyTorch resizes bytes on the CPU in a third of DALI's time or less, and bit for bit as torchvision does; only
+        # on a processor without AVX2 does torchvision resize in float, which rounds some pixels to the next level.
         pixels = space[: len(outputs)].permute(0, 3, 1, 2)
         for place, size in enumerate(views.size.tolist()):
             image = torch.from_dlpack(outputs[place]).permute(2, 0, 1)[None]

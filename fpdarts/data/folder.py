@@ -1,7 +1,9 @@
 """Image folders: train/ and test/ (or val/), a folder a class, and the decoding of image files."""
 
 import itertools
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fpdarts.data.augment import Views
 from fpdarts.data.images import Images
+from fpdarts.data.lists import read_list
 from fpdarts.errors import DataError
 
 T = TypeVar("T")
@@ -32,13 +35,16 @@ def skipped(path: Path, listed: str | Path | None) -> frozenset[str]:
     if listed is None:
         return frozenset()
     try:
-        names = [line for line in Path(listed).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_list(listed)
+    except OSError as error:
         raise DataError(f"{listed}: cannot be read as a list of files ({error}); check-data writes one") from None
-    for number, name in enumerate(names, 1):
-        if not (path / name).is_file():
+    names = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, name in names:
+        if os.path.isabs(name) or os.pardir in Path(name).parts:  # would leave out nothing, for no file is listed so
+            raise DataError(f"{listed}: line {number} names {name}; name it as in {path}: train/<class>/<file>")
+        if not os.path.lexists(path / name):  # a link to nothing is there, and is one of those to be left out
             raise DataError(f"{listed}: line {number} names {name}, which is not in {path}; check the data again")
-    return frozenset(str(path / name) for name in names)
+    return frozenset(str(path / name) for _, name in names)
 
 
 def list_folder(path: Path, skip: frozenset[str] = frozenset()) -> tuple[tuple[str, ...], Images, Images]:
@@ -79,12 +85,33 @@ def _classes(part: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _list_files(part: Path, classes: tuple[str, ...], skip: frozenset[str]) -> Images:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+def class_files(folder: str) -> list[str]:
+    """Every file of a class, whatever it is, and of the folders in it; the order depends on the names only.
 
-    labels_of = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(str(part), labels_of, IMG_EXTENSIONS, allow_empty=True)
-    files = [(file, label) for file, label in files if file not in skip]
+    Links to folders are followed, but for one that leads back to where it lies in, whose images are listed anyway, or
+    are another class's.
+    """
+    found, above = [], {folder: (os.path.realpath(folder),)}  # above: the real folders that each is reached through
+    for root, folders, names in os.walk(folder, followlinks=True):
+        found.append((root, sorted(names)))
+        for name in list(folders):
+            real = os.path.realpath(os.path.join(root, name))
+            if any(Path(outer).is_relative_to(real) for outer in above[root]):
+                folders.remove(name)
+            else:
+                above[os.path.join(root, name)] = (*above[root], real)
+    return [os.path.join(root, name) for root, names in sorted(found) for name in names]
+
+
+def _list_files(part: Path, classes: tuple[str, ...], skip: frozenset[str]) -> Images:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in class_files(os.path.join(part, name))
+        if file.lower().endswith(IMG_EXTENSIONS) and file not in skip
+    ]
     if not files:
         raise DataError(f"{part}: no images in its class folders; looked for {', '.join(IMG_EXTENSIONS)}")
     labels = torch.tensor([label for _, label in files])
@@ -102,9 +129,15 @@ def _some(names: list[str]) -> str:
 
 
 def read_image(path: str) -> Image.Image:
-    """The decoded image, converted to RGB; orientation tags are ignored. Raises DataError naming the path."""
+    """The decoded image, converted to RGB; orientation tags are ignored but for those of TIFF, as Pillow does it.
+
+    Raises DataError naming the path.
+    """
     try:
         with Image.open(path) as image:
+            if image.format == "PNG":  # of which Pillow decodes what is there, whatever the checksums say of it
+                with Image.open(path) as again:
+                    again.verify()
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # straight to RGB, PIL warns
             elif image.mode.startswith("I;16"):
@@ -176,6 +209,55 @@ def _header_sizes(paths: tuple[str, ...]) -> list[tuple[int, int]]:
     return sizes
 
 
+_IN_DALI = ("JPEG", "MPO", "PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000")
+
+
+def not_for_dali(image: Image.Image) -> bool:
+    """Whether DALI cannot decode an opened file, or shows something else than Pillow: found with DALI 2.4 on a CPU."""
+    if image.format == "TIFF":
+        turned = image.getexif().get(0x0112, 1) != 1  # by Pillow only, whose height may be DALI's width
+        return turned or image.mode in ("LA", "LAB") or 258 not in image.tag_v2  # bits a sample, which may be left out
+    if image.format == "PPM":  # whose levels are scaled by Pillow only
+        codec, _, _, arguments = image.tile[0]
+        return codec != "raw" and image.mode != "1" and arguments[-1] != 255
+    if image.format == "WEBP":
+        return "exif" in image.info and _has_odd_chunk(image.filename)
+    return image.format not in _IN_DALI or (image.format == "JPEG2000" and image.mode == "LA")
+
+
+def _has_odd_chunk(path: str) -> bool:
+    """Of a WebP file, before its EXIF tags: DALI forgets the byte that fills up such a chunk, and finds no tags."""
+    with open(path, "rb") as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8 and not head.startswith(b"EXIF"):
+            size = int.from_bytes(head[4:], "little")
+            if size % 2:
+                return True
+            file.seek(size, os.SEEK_CUR)
+    return False
+
+
+def refuse_for_dali(paths: tuple[str, ...]) -> None:
+    """Raises DataError naming the first file that the loader dali cannot take."""
+    for _ in in_chunks(_refuse_for_dali, paths):
+        pass
+
+
+def _refuse_for_dali(paths: tuple[str, ...]) -> None:
+    for path in paths:
+        if path.lower().endswith((".jpg", ".jpeg", ".png")):  # a million files are not opened only to know that
+            continue
+        try:
+            with Image.open(path) as image:
+                refused = not_for_dali(image)
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        if refused:
+            raise DataError(
+                f"{path}: DALI cannot decode it as Pillow does; convert or skip it, or choose --loader torchvision"
+            )
+
+
 def wrong_size(path: str, size: tuple[int, int], side: int) -> DataError:
     """size: width and height."""
     return DataError(
@@ -195,8 +277,19 @@ def in_chunks(work: Callable[[tuple[str, ...]], T], paths: tuple[str, ...]) -> I
     if len(chunks) <= 4 or processes == 1:
         yield from map(work, chunks)
         return
-    with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, initializer=_begin_worker) as pool:
         yield from pool.map(work, chunks)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process would wait for more work for ever where the one that gave it out was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def cores() -> int:

@@ -1,6 +1,9 @@
 """The types that the other files of this package pass on: a set of labelled images, and a data set of two such sets."""
 
+import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,6 +75,8 @@ class Images:
         """
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
+        if not -(2**63) <= seed < 2**64:  # what torch takes
+            raise ValueError(f"--seed must be below 2^64, not {seed}")
         shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         shuffled = shuffled[self.labels[shuffled].argsort(stable=True)]  # class by class, random within a class
         # Every (1 / fraction)-th image of that order: each class gives its share, and so does the whole.
@@ -104,6 +109,14 @@ class ImageData:
     train: Images
     test: Images
     image_size: int
+
+    def listing(self) -> str:
+        """A digest of the training images' names, relative to the source, and labels: other files give another."""
+        digest = hashlib.blake2b(self.train.labels.numpy().tobytes(), digest_size=16)
+        prefix = f"{Path(self.source).expanduser()}{os.sep}"
+        for path in self.train.paths or ():
+            digest.update(os.fsencode(path.removeprefix(prefix)) + b"\0")
+        return digest.hexdigest()
 
     @property
     def mean(self) -> tuple[float, float, float]:

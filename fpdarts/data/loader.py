@@ -82,6 +82,8 @@ class Loader:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, but is {seed}")
+        if seed >= 2**64:
+            raise ValueError(f"seed must be below 2^64, but is {seed}")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be at least 0 and below ranks, {ranks}, not {rank}")
         self.images = images
@@ -216,8 +218,10 @@ class Loader:
 
 
 def _mix(*numbers: int) -> int:
-    """One 64-bit seed out of several numbers (>= 0), of which any change gives an unrelated one."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    """One 64-bit seed out of one or two numbers (0 to 2**64 - 1), of which any change gives an unrelated one."""
+    # Of 32 bits each, at fixed places: by itself SeedSequence would take 2**32 for two numbers, 0 and 1.
+    words = [number % 2**32 for number in numbers] + [number >> 32 for number in numbers]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 @contextmanager

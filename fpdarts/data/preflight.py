@@ -8,7 +8,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from fpdarts.data.folder import class_folders, in_chunks, is_image_folder, read_image, test_part
+from fpdarts.data.folder import (
+    class_files,
+    class_folders,
+    in_chunks,
+    is_image_folder,
+    not_for_dali,
+    read_image,
+    test_part,
+)
 from fpdarts.errors import DataError
 
 # Findings that stop a run; the others are only told. Each with what is done with such a file.
@@ -16,20 +24,21 @@ BAD = {
     "empty file": "stops a run: repair, remove or skip it",
     "not an image": "stops a run: repair, remove or skip it",
     "truncated or damaged": "stops a run: repair, remove or skip it",
+    "too large": "stops a run, for it has more pixels than Pillow opens: make it smaller or skip it",
     "range unknown": "stops a run, for 32-bit levels have no known range: convert or skip it",
 }
 TOLD = {
     "name of another format": "read as what it is; its name does not matter",
     "image without an image's name": "left out, for its suffix is none of an image; rename it to use it",
     "no image": "left out",
-    "not for DALI": "the loader dali cannot decode it: convert or skip it, or choose --loader torchvision",
+    "not for DALI": "the loader dali refuses it: convert or skip it, or choose --loader torchvision",
     "greyscale": "repeated to three channels",
     "CMYK": "converted to RGB, without a colour profile",
-    "16-bit": "the upper 8 bits are used",
+    "16-bit": "the upper 8 bits are used; the loader dali may round to the next level",
     "palette or transparency": "converted to RGB; transparency is dropped",
     "rotated by its EXIF tag": "used as it is stored; the tag is ignored",
+    "TIFF with a rotation tag": "turned as the tag says, by Pillow itself",
 }
-_DALI = ("JPEG", "MPO", "PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000")
 
 
 def check_folder(path: str | Path) -> dict:
@@ -52,11 +61,11 @@ def check_folder(path: str | Path) -> dict:
             continue
         classes[part] = class_folders(path / part)
         for name in classes[part]:
-            files += [os.path.join(root, f) for root, _, names in os.walk(path / part / name) for f in names]
+            files += class_files(os.path.join(path, part, name))
 
     findings: dict[str, list[str]] = {kind: [] for kind in (*BAD, *TOLD)}
     usable = dict.fromkeys((f"{part}/{name}" for part, names in classes.items() for name in names), 0)
-    prefix = f"{path}{os.sep}"
+    prefix = os.path.join(path, "")  # of / it is / itself
     for file, kinds in _with_progress(sorted(files)):
         name = file.removeprefix(prefix)
         for kind in kinds:
@@ -103,6 +112,8 @@ def _look_at(file: str) -> list[str]:
             return ["empty file" if named else "no image"]
         with Image.open(file) as image:
             kinds = _kinds(image, file)
+    except Image.DecompressionBombError:
+        return ["too large" if named else "no image"]
     except Exception:  # PIL's decoders raise many kinds
         return ["not an image" if named else "no image"]
     if not named:
@@ -115,15 +126,19 @@ def _look_at(file: str) -> list[str]:
 
 
 def _kinds(image: Image.Image, file: str) -> list[str]:
+    # PNG and TIFF of 16-bit colours have a mode of 8 bits; only how they are stored tells, until they are decoded.
+    deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile)
+    turned = image.getexif().get(0x0112, 1) != 1
     registered = Image.registered_extensions().get(os.path.splitext(file)[1].lower(), image.format)
     found = {
         "name of another format": image.format not in (registered, "MPO"),  # MPO: JPEG with a second picture
-        "not for DALI": image.format not in _DALI,
+        "not for DALI": not_for_dali(image),
         "greyscale": image.mode in ("1", "L", "LA"),
         "CMYK": image.mode == "CMYK",
-        "16-bit": image.mode.startswith("I;16"),
+        "16-bit": image.mode.startswith("I;16") or deep,
         "palette or transparency": image.mode in ("P", "PA", "LA", "RGBA") or "transparency" in image.info,
-        "rotated by its EXIF tag": image.getexif().get(0x0112, 1) != 1,
+        "rotated by its EXIF tag": turned and image.format != "TIFF",
+        "TIFF with a rotation tag": turned and image.format == "TIFF",
     }
     return [kind for kind, is_so in found.items() if is_so]
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fpdarts.data.images import ImageData, Images
+from fpdarts.data.lists import read_list, write_list
 from fpdarts.errors import DataError
-from fpdarts.files import replacing
 
 NAMES = ("weights.txt", "architecture.txt")
 
@@ -15,7 +15,8 @@ def write_split(data: ImageData, weights: float, architecture: float, seed: int,
 
     weights, architecture: fractions of the training images. A line is a file's name, relative to train/, and its label,
     which is the format of DALI's file_list too. A pure function of the files' names, the fractions and the seed.
-    Raises DataError for data that are no image folder or too few, FileExistsError rather than write over a list.
+    Raises DataError for data that are no image folder or too few and for a name with a line break, FileExistsError
+    rather than write over a list.
     """
     if data.train.paths is None:
         raise DataError(f"{data.source}: is no image folder, whose files could be listed; give --weight-fraction")
@@ -31,9 +32,8 @@ def write_split(data: ImageData, weights: float, architecture: float, seed: int,
     out.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, images in zip(NAMES, data.train.parts(weights, architecture, seed)):
-        with replacing(out / name) as file:
-            for path, label in zip(images.paths, images.labels.tolist()):
-                file.write(f"{path.removeprefix(prefix)} {label}\n".encode())
+        lines = (f"{path.removeprefix(prefix)} {label}" for path, label in zip(images.paths, images.labels.tolist()))
+        write_list(out / name, lines)
         counts[name] = len(images)
     return counts
 
@@ -53,7 +53,10 @@ def read_split(folder: str | Path, images: Images, data: ImageData) -> tuple[Ima
         for line, name, label in _lines(file):
             number = numbers.get(name)
             if number is None:
-                raise DataError(f"{file}: line {line} names {name}, which is not in {prefix}; split the data again")
+                raise DataError(
+                    f"{file}: line {line} names {name}, which is not in {prefix} or left out by --skip; "
+                    "split the data again, with the same --skip"
+                )
             if labels[number] != label:
                 raise DataError(
                     f"{file}: line {line} gives {name} the label {label}, but its folder is class {labels[number]}; "
@@ -76,8 +79,8 @@ def _prefix(data: ImageData) -> str:
 def _lines(file: Path) -> Iterator[tuple[int, str, int]]:
     """Line number, file name and label."""
     try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_list(file)
+    except OSError as error:
         raise DataError(f"{file}: cannot be read ({error}); fpdarts split-imagenet writes it") from None
     for number, line in enumerate(lines, 1):
         name, _, label = line.rpartition(" ")

@@ -25,7 +25,10 @@ class TorchvisionReader:
         plan.order, plan.views, plan.places = order, views, places
         for pixels in batches:
             if isinstance(pixels, DataError):
-                raise pixels
+                try:
+                    raise pixels
+                finally:
+                    del pixels  # or error and frame would refer to each other, and keep the workers
             yield pixels
         self._idle.append((plan, batches))  # not where an epoch was left in the middle: its workers end with it
 
