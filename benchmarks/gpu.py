@@ -27,22 +27,6 @@ import triton
 
 from benchmarks.precompile import same_keys, unpack
 
-# part -> seconds it may take. In this order: what is most needed comes first.
-PARTS = {
-    "environment": 120,
-    "compile": 420,
-    "check-fp32": 240,
-    "check-bf16": 240,
-    "tuning": 240,
-    "steps-bf16": 420,  # right with the blocks that were found?
-    "kernels": 180,
-    "search": 420,
-    "retrain-steps": 420,
-    "loading": 150,
-    "steps-fp32": 420,
-    "retrain": 540,
-    "compiled": 540,
-}
 SKIPPED = ("compiled",)  # unless asked for: torch.compile takes minutes
 
 
@@ -302,20 +286,21 @@ def retrain(options):
     return {"epochs": count, "seconds": total, "epoch_seconds": seconds, "genotype": genotype, "result": result}
 
 
-WORK = {
-    "environment": environment,
-    "compile": compile_kernels,
-    "check-fp32": lambda options: check(options, "off"),
-    "check-bf16": lambda options: check(options, "off" if options.dry_run else "bf16"),
-    "steps-bf16": lambda options: steps(options, "high", True),
-    "steps-fp32": lambda options: steps(options, "high", False),
-    "retrain-steps": retrain_steps,
-    "kernels": kernels,
-    "tuning": tuning,
-    "compiled": compiled,
-    "loading": loading,
-    "search": search,
-    "retrain": retrain,
+# part -> (seconds it may take, what it does). In this order: what is most needed comes first.
+PARTS = {
+    "environment": (120, environment),
+    "compile": (420, compile_kernels),
+    "check-fp32": (240, lambda options: check(options, "off")),
+    "check-bf16": (240, lambda options: check(options, "off" if options.dry_run else "bf16")),
+    "tuning": (240, tuning),
+    "steps-bf16": (420, lambda options: steps(options, "high", True)),  # right with the blocks that were found?
+    "kernels": (180, kernels),
+    "search": (420, search),
+    "retrain-steps": (420, retrain_steps),
+    "loading": (150, loading),
+    "steps-fp32": (420, lambda options: steps(options, "high", False)),
+    "retrain": (540, retrain),
+    "compiled": (540, compiled),
 }
 
 
@@ -350,7 +335,7 @@ def main(options):
     out.mkdir(parents=True, exist_ok=True)
     if options.only:
         same_keys()
-        result = WORK[options.only](options)
+        result = PARTS[options.only][1](options)
         target = out / f"{options.only}.json"
         partial = target.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
@@ -366,7 +351,7 @@ def main(options):
         if part in ("search", "retrain") and not (options.data or options.dry_run):
             print(f"== {part}: skipped, it needs --data")
             continue
-        left = min(PARTS[part], deadline - time.perf_counter())
+        left = min(PARTS[part][0], deadline - time.perf_counter())
         if (out / f"{part}.json").exists():
             print(f"== {part}: done before")
         elif left < 20:
@@ -411,7 +396,7 @@ def _options():
     parser.add_argument("--parts", help="comma between them; without, all but " + ", ".join(SKIPPED))
     parser.add_argument("--precompiled", help="what benchmarks.precompile made for this GPU")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--only", choices=WORK, help="this part, in this process")
+    parser.add_argument("--only", choices=PARTS, help="this part, in this process")
     parser.add_argument("--seconds", type=float, default=540, help="with --only: what is left")
     options = parser.parse_args()
     options.device = "cpu" if options.dry_run else "cuda"
