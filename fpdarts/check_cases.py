@@ -310,7 +310,7 @@ def operations() -> dict[str, list[Case]]:
                 cases.append(Case(f"{kind}, {shape}", compute, CELL_TOLERANCE))
         return cases
 
-    found, small = {}, SHAPES[2:3]
+    found, small = {}, SHAPES[-2:-1]  # the last of an even size
     for name, operation in OPERATIONS.items():
         for stride in (1, 2):
             if operation.kind == "convolution":
