@@ -124,6 +124,7 @@ Command = (
 _DESCRIPTION = "Fast parallel differentiable architecture search: search, retrain, evaluate."
 _CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
+_NO_MEMORY = "out of memory", "allocate memory"  # as PyTorch says it, on CUDA and on a CPU
 # A resumed run may move to another machine; all else must be as it was, or it would not be the same run.
 _MAY_CHANGE = {"resume", "json", "out", "device", "loader", "workers", "kernels", "verify_every", "cuda_graphs"}
 
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None):
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         told = str(error).partition("\n")[0]
-        if not isinstance(error, MemoryError) and "memory" not in told:
+        if not isinstance(error, MemoryError) and not any(words in told for words in _NO_MEMORY):
             raise
         print(f"error: {told}; a smaller --batch-size or --init-channels needs less", file=sys.stderr)
         sys.exit(1)

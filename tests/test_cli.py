@@ -228,6 +228,21 @@ def test_a_finished_run_that_was_moved_is_read_only(retrained, tmp_path, capsys)
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_too_little_memory_is_one_line_and_other_failures_are_not_hidden(monkeypatch, capsys):
+    def fails(error):
+        def run_it(*_):
+            raise error
+
+        monkeypatch.setattr("fpdarts.cli._run", run_it)
+        return run(capsys, "search")
+
+    for error in (MemoryError("none left"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+        status, _, err = fails(error)
+        assert status == 1 and err.startswith("error: ") and "a smaller --batch-size" in err
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fails(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_a_reader_may_have_enough_of_the_output():
     command = f"{sys.executable} -m fpdarts genotype show DARTS_V1 --json | true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
