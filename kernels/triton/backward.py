@@ -177,8 +177,8 @@ class Backward:
                 )  # fmt: skip
             else:
                 rows_wgrad(
-                    self.raw, work.space, buffer[start:], work.normalizing, work.opened, jobs, **work.square, **common,
-                    side=max(job[5] for job in table), normalize=which == 1,
+                    self.raw, work.space, buffer[start:], work.normalizing | work.nothing, work.opened, jobs,
+                    **work.square, **common, side=max(job[5] for job in table), normalize=which == 1,
                 )  # fmt: skip
 
         gradient = torch.empty_like(work.weights)

@@ -71,10 +71,10 @@ def open_edges(opened_ptr, first, edges, EDGES: tl.constexpr):
 
 @triton.jit
 def activate(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """ReLU, after normalization where there is one. Masked elements were loaded as -inf, and so become 0."""
+    """ReLU, after normalization where there is one, by blocks of which x is one or that are spread over it."""
     x = x.to(tl.float32)
     if NORMALIZE:
-        x = x * inverse[None, :] - (mean * inverse)[None, :]  # one instruction; all that take its ReLU do it alike
+        x = x * inverse - mean * inverse  # one instruction; all that take its ReLU do it alike
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
 
 
@@ -117,7 +117,7 @@ def convolve_fwd_kernel(
         fits = ((tap < taps) & (ci < C_IN))[None, :]
         loaded = inside[:, None] & fits & within(y, x, H, W)
         values = tl.load(
-            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
+            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=0.0
         )
         values = activate(values, 0.0, 1.0, False, DTYPE)
         weights = weight_ptr + ((tap * C_IN + ci) * WEIGHT_ROW)[:, None] + (e * weight_edge + co)[None, :]
@@ -233,7 +233,7 @@ def convolve_wgrad_kernel(
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
         loaded = inside[:, None] & fits[None, :] & within(y, x, H, W)
         values = tl.load(
-            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=float("-inf")
+            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=0.0
         )
         values = activate(values, 0.0, 1.0, False, DTYPE)
         where = e.to(tl.int64)[None, :] * EDGE + (rows.to(tl.int64) * D_ROW)[:, None] + co[None, :]

@@ -38,6 +38,11 @@ class Forward:
         self.bytes = dtype.itemsize
         self.block = {"C": p.c, "P": padded(p.c), "BLOCK": tuning.block(), "num_warps": 4}
 
+    @property
+    def nothing(self) -> dict[str, Tensor]:
+        """Where rows_fwd and rows_wgrad read what lies outside."""
+        return {"nothing_ptr": self.space[self.p.nothing :]}
+
     # --- Counting ---
 
     def count_open(self, instances) -> int:
@@ -57,7 +62,7 @@ class Forward:
         rows, jobs = p.jobs("expand", (), p.expand_jobs)
         tensors = {"alpha_ptr": alpha, "beta_ptr": beta, "gates_ptr": self.gates, **p.mix_tables, **self.statistics}
         tensors |= {"coefficients_ptr": self.coefficients, "opened_ptr": self.opened, "updated_ptr": self.updated}
-        tensors |= {"counters_ptr": self.counters}
+        tensors |= {"counters_ptr": self.counters, **self.nothing}
         tensors |= {"weights_ptr": self.weights, "dense_ptr": self.dense, "jobs_ptr": jobs}
         block = padded(p.edges)
         launch(
@@ -124,7 +129,7 @@ class Forward:
         }  # fmt: skip
         if shape["stride"] == 1:
             count = rows_fwd(
-                *maps, self.normalizing, self.opened, jobs, **self.square, **common, normalize=False
+                *maps, self.normalizing | self.nothing, self.opened, jobs, **self.square, **common, normalize=False
             )  # fmt: skip
         else:
             count = convolve_fwd(*maps, self.opened, jobs, **shape, **common, weight_row=p.c)
@@ -154,8 +159,9 @@ class Forward:
         if table:
             moved = self.moved(lambda: 2 * p.m * p.c * self.count_open(job[8] for job in table))
             count = rows_fwd(
-                self.space, self.dense, self.space, self.partial, self.normalizing, self.opened, jobs, **self.square,
-                x_row=p.c, out_row=p.c, edge=p.slice, shares=p.shares, edges=1, normalize=True, moved=moved,
+                self.space, self.dense, self.space, self.partial, self.normalizing | self.nothing, self.opened, jobs,
+                **self.square, x_row=p.c, out_row=p.c, edge=p.slice, shares=p.shares, edges=1, normalize=True,
+                moved=moved,
             )  # fmt: skip
             self.left += [(job[8], count) for job in table]
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 
 from ..spec import OPERATIONS, CellSpec
+from .launch import padded
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Layout:
         self.raw_start = self.states_end + self.nodes * self.k * self.slice
         self.instances = spec.statistics_rows
         self.bypass_start = self.raw_start + (self.instances - 2 * self.k) * self.slice
-        self.workspace = self.bypass_start + (2 * self.k * self.slice if self.strided else 0)
+        self.nothing = self.bypass_start + (2 * self.k * self.slice if self.strided else 0)  # see rows.load_row
+        self.workspace = self.nothing + padded(self.c)
         self.columns = len(spec.operations) + self.k  # of the coefficients
         self.edges = len(spec.edges)
         self.one = self.edges * self.columns  # the coefficient that is 1

@@ -22,17 +22,17 @@ from .statistics import add_up, finishes_last, leave_sums
 @kernel
 def mix_fwd_kernel(
     alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr,
-    updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, weights_ptr, dense_ptr, jobs_ptr, EDGES, ROWS, LAST,
-    COUNTERS, OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr, USES: tl.constexpr,
+    updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, nothing_ptr, weights_ptr, dense_ptr, jobs_ptr,
+    EDGES, ROWS, LAST, COUNTERS, OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, USES: tl.constexpr,
 ):  # fmt: skip
     """All that needs no map. Grid (1 + blocks of the statistics' rows, 1 + jobs): the first of axis 1 mixes, see _mix,
     the others make dense weights, see packing.expand."""
     if tl.program_id(1) == 0:
         _mix(
             alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr,
-            updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, EDGES, ROWS, LAST, COUNTERS, OPERATIONS,
-            PATHS, K, C, P, BLOCK, USES,
+            updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, nothing_ptr, EDGES, ROWS, LAST, COUNTERS,
+            OPERATIONS, PATHS, K, C, P, BLOCK, USES,
         )  # fmt: skip
     else:
         expand(weights_ptr, dense_ptr, jobs_ptr + (tl.program_id(1) - 1) * 8, C, P, 512)
@@ -47,14 +47,14 @@ def _coefficient(value, opened):
 @triton.jit
 def _mix(
     alpha_ptr, beta_ptr, gates_ptr, order_ptr, path_ptr, identity_ptr, uses_ptr, coefficients_ptr, opened_ptr,
-    updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, EDGES, ROWS, LAST, COUNTERS,
+    updated_ptr, mean_ptr, inverse_ptr, variance_ptr, counters_ptr, nothing_ptr, EDGES, ROWS, LAST, COUNTERS,
     OPERATIONS: tl.constexpr, PATHS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     BLOCK: tl.constexpr, USES: tl.constexpr,
 ):  # fmt: skip
     """Program 0 makes the coefficients; the others say which rows are open: those of which any of the gates that
     ``uses`` lists (-1: none, -2: always) is not 0. identity: by edge and slice, the operation that is one, or -1. Every
     row of the statistics, and one behind the last, starts as what normalizes nothing, and so stays where closed.
-    Counters start as 0.
+    Counters start as 0; nothing: see rows.load_row.
     """
     c = tl.arange(0, P)
     for start in range(tl.program_id(0) * BLOCK, COUNTERS, tl.num_programs(0) * BLOCK):
@@ -86,6 +86,7 @@ def _mix(
                     passes = passes | (gate != 0)
             tl.store(out_ptr + OPERATIONS + s, _coefficient(beta * through, passes), mask=mask)
         tl.store(coefficients_ptr + LAST, 1.0)
+        tl.store(nothing_ptr + c, tl.full([P], float("-inf"), tl.float32).to(nothing_ptr.dtype.element_ty))
     else:
         row = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
         mask = row < ROWS

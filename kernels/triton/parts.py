@@ -34,7 +34,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _normalizing_nothing(none: Tensor) -> dict[str, Tensor]:
-    return {"mean_ptr": none, "inverse_ptr": none}
+    return {"mean_ptr": none, "inverse_ptr": none, "nothing_ptr": none}
 
 
 def _new(n: int, c: int, size, like: Tensor) -> Tensor:

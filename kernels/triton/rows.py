@@ -37,25 +37,27 @@ def zero_totals(BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr):
 
 
 @triton.jit
-def load_row(pointer, mask, y, H: tl.constexpr, DISTANCE: tl.constexpr, i: tl.constexpr, OTHER: tl.constexpr):
-    return tl.load(pointer + i * DISTANCE, mask=both(both(mask, y + i >= 0), y + i < H), other=OTHER)
+def load_row(
+    pointer, nothing, mask, y, H: tl.constexpr, DISTANCE: tl.constexpr, i: tl.constexpr, NORMALIZE: tl.constexpr
+):  # fmt: skip
+    """Row y + i. What lies outside reads as what is 0 behind the ReLU, of rows to be normalized at nothing, a block of
+    pointers to -inf: a copy into shared memory that waits for nobody can put no other number than 0 in its place."""
+    mask = both(both(mask, y + i >= 0), y + i < H)
+    if NORMALIZE:
+        return tl.load(tl.where(mask, pointer + i * DISTANCE, nothing))
+    return tl.load(pointer + i * DISTANCE, mask=mask, other=0.0)
 
 
 @triton.jit
 def _products(
-    totals, weights, pointer, mask, y, mean, inverse, H: tl.constexpr, DISTANCE: tl.constexpr, SIDE: tl.constexpr,
-    DILATION: tl.constexpr, TALL: tl.constexpr, ACTIVATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    totals, weights, pointer, nothing, mask, y, mean, inverse, H: tl.constexpr, DISTANCE: tl.constexpr,
+    SIDE: tl.constexpr, DILATION: tl.constexpr, TALL: tl.constexpr, ACTIVATE: tl.constexpr, NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """totals with the products of one column of taps added. pointer: to what the first output's first tap reads, in row
-    y. The next row is loaded before the products of one."""
-    LOADED: tl.constexpr = TALL + DILATION * (SIDE - 1)
-    OTHER: tl.constexpr = float("-inf") if NORMALIZE else 0.0  # what is 0 behind the ReLU
-    ahead = load_row(pointer, mask, y, H, DISTANCE, 0, OTHER)
-    for i in tl.static_range(LOADED):
-        values = ahead
-        if i + 1 < LOADED:
-            ahead = load_row(pointer, mask, y, H, DISTANCE, i + 1, OTHER)
+    y; nothing: see load_row."""
+    for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
+        values = load_row(pointer, nothing, mask, y, H, DISTANCE, i, NORMALIZE)
         if ACTIVATE:
             values = activate(values, mean, inverse, NORMALIZE, DTYPE)
         values = values.to(DTYPE)
@@ -71,8 +73,8 @@ def _products(
 
 @triton.jit
 def _forward(
-    totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H: tl.constexpr,
-    W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, C: tl.constexpr,
+    totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, nothing_ptr, weight_edge, opened, y, n, x, inside,
+    H: tl.constexpr, W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, C: tl.constexpr,
     EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -84,37 +86,38 @@ def _forward(
     for chunk in range(0, (SIDE * P + WIDE - 1) // WIDE):
         kx, ci = tap_and_channel(chunk, P, WIDE)
         dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
-        mask = inside[:, None] & fits[None, :] & has_pixel(x, dx, W)
+        mask = inside[:, None] & fits[None, :] & has_pixel(x[:, None] + dx[None, :], W)
         mean, inverse = 0.0, 1.0
         if NORMALIZE:
-            mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)
-            inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)
+            mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)[None, :]
+            inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)[None, :]
         weights = ()
         for ky in tl.static_range(SIDE):
             where = (((ky * SIDE + kx) * C + ci) * C)[:, None] + (e * weight_edge + co)[None, :]
             loaded = tl.load(weight_ptr + where, mask=fits[:, None] & kept[None, :], other=0.0)
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
-            totals, weights, x_ptr + base[:, None] + (dx * X_ROW + ci)[None, :], mask, y - PAD, mean, inverse, H,
-            W * X_ROW, SIDE, DILATION, TALL, True, NORMALIZE, PRECISION, DTYPE,
+            totals, weights, x_ptr + base[:, None] + (dx * X_ROW + ci)[None, :], nothing_ptr + ci[None, :], mask,
+            y - PAD, mean, inverse, H, W * X_ROW, SIDE, DILATION, TALL, True, NORMALIZE, PRECISION, DTYPE,
         )  # fmt: skip
     return totals
 
 
 @triton.jit
-def has_pixel(x, dx, W: tl.constexpr):
-    """Whether there is a pixel at x + dx."""
-    return (x[:, None] + dx[None, :]).to(tl.uint32, bitcast=True) < W
+def has_pixel(x, W: tl.constexpr):
+    """Whether there is a pixel at x."""
+    return x.to(tl.uint32, bitcast=True) < W
 
 
 @kernel
 def rows_fwd_kernel(
-    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr,
-    W: tl.constexpr, EDGE, SHARES, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
-    NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, opened_ptr, jobs_ptr, IMAGES,
+    H: tl.constexpr, W: tl.constexpr, EDGE, SHARES, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr,
+    EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """As convolve_fwd_kernel, but the last number of a job is the statistics row of x, of a second stage."""
+    """As convolve_fwd_kernel, but the last number of a job is the statistics row of x, of a second stage. nothing: see
+    load_row."""
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
     side, dilation = tl.load(jobs_ptr + 4).to(tl.int32), tl.load(jobs_ptr + 5).to(tl.int32)
     first, edges = tl.load(jobs_ptr + 8).to(tl.int32), tl.load(jobs_ptr + 10).to(tl.int32)
@@ -133,27 +136,26 @@ def rows_fwd_kernel(
     for kind in tl.static_range(4):
         if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
             totals = _forward(
-                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, weight_edge, opened, y, n, x, inside, H, W,
-                3 + kind // 2 * 2, 1 + kind % 2, X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
+                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, nothing_ptr, weight_edge, opened, y, n, x, inside, H,
+                W, 3 + kind // 2 * 2, 1 + kind % 2, X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
             )  # fmt: skip
 
     column = tl.arange(0, EDGES * P)
     e, co = column // P, column % P
     kept = (((opened >> e) & 1) != 0) & (co < C)
     where = e.to(tl.int64)[None, :] * EDGE + ((n * H + y) * W + x).to(tl.int64)[:, None] * OUT_ROW + co[None, :]
-    sums = tl.zeros([EDGES * P], tl.float32)
+    sums = tl.zeros([BLOCK, EDGES * P], tl.float32)
     for r in tl.static_range(TALL):
         stored = totals[r].to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + where + r * W * OUT_ROW, stored, mask=both(inside, y + r < H)[:, None] & kept[None, :])
         # of what was stored, rounding included
-        sums += tl.sum(tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0), 0)
+        sums += tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0)
+    sums, squares = tl.sum(sums, 0), tl.zeros([BLOCK, EDGES * P], tl.float32)
     count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(H - y, TALL)).to(tl.float32)
-    squares = tl.zeros([EDGES * P], tl.float32)
     for r in tl.static_range(TALL):
         away = totals[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (sums / count)[None, :]
-        away = tl.where((inside & (y + r < H))[:, None], away, 0.0)
-        squares += tl.sum(away * away, 0)
-    leave_statistics(partial_ptr, tile, count, sums, squares, first + e, co, kept, SHARES, C)
+        squares += tl.where((inside & (y + r < H))[:, None], away * away, 0.0)
+    leave_statistics(partial_ptr, tile, count, sums, tl.sum(squares, 0), first + e, co, kept, SHARES, C)
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def _backward(
             e, co = column // P, column % P
             inner, weight_inner = e.to(tl.int64) * EDGE + co, e * weight_edge + co
             fits = (tap < x_count) & (((opened >> e) & 1) != 0) & (co < C)
-        mask = inside[:, None] & fits[None, :] & has_pixel(x, dx, OW)
+        mask = inside[:, None] & fits[None, :] & has_pixel(x[:, None] + dx[None, :], OW)
         weights = ()
         for ky in tl.static_range(COUNT):
             place = (last - ky * step) * side + x_last - tap * x_step
@@ -201,7 +203,7 @@ def _backward(
             loaded = tl.load(weight_ptr + where, mask=fits[:, None] & (ci < C)[None, :], other=0.0)
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
-            totals, weights, d_ptr + base[:, None] + (dx * D_ROW + inner)[None, :], mask, y + low, 0.0, 1.0, OH,
+            totals, weights, d_ptr + base[:, None] + (dx * D_ROW + inner)[None, :], None, mask, y + low, 0.0, 1.0, OH,
             OW * D_ROW, COUNT, DILATION, TALL, False, False, PRECISION, DTYPE,
         )  # fmt: skip
     return totals
@@ -266,7 +268,7 @@ def rows_dgrad_kernel(
         row = tl.load(jobs_ptr + 4).to(tl.int32)
         mean = tl.load(mean_ptr + row * C + ci, mask=ci < C, other=0.0)
         inverse = tl.load(inverse_ptr + row * C + ci, mask=ci < C, other=1.0)
-    sum_d, sum_dx = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    sum_d, sum_dx = tl.zeros([BLOCK, COLUMNS], tl.float32), tl.zeros([BLOCK, COLUMNS], tl.float32)
     for r in tl.static_range(TALL):
         mask = both(inside, y + r * STRIDE < H)[:, None] & (ci < C)[None, :]
         value = tl.load(x_ptr + (place + r * STRIDE * W) * X_ROW + ci[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -276,9 +278,10 @@ def rows_dgrad_kernel(
         where = (place + r * STRIDE * W) * DX_ROW + ci[None, :]
         tl.store(dx_ptr + where, out.to(dx_ptr.dtype.element_ty), mask=mask)
         if NORMALIZE:
-            sum_d += tl.sum(out, 0)
-            sum_dx += tl.sum(out * value, 0)
+            sum_d += out
+            sum_dx += out * value
     if NORMALIZE:
+        sum_d, sum_dx = tl.sum(sum_d, 0), tl.sum(sum_dx, 0)
         leave_sums(partial_ptr, sum_d, sum_dx, tl.program_id(1), ci, ci < C, C)
 
 
@@ -296,7 +299,8 @@ def rows_fwd(
     jobs: Tensor, *, n: int, size: tuple[int, int], x_row: int, out_row: int, edge: int, shares: int, c: int,
     edges: int, normalize: bool, moved: float,
 ) -> int:  # fmt: skip
-    """As convolve_fwd. normalizing: mean_ptr and inverse_ptr, by a row of which x is normalized."""
+    """As convolve_fwd. normalizing: mean_ptr and inverse_ptr, by a row of which x is normalized, and nothing_ptr,
+    to -inf, of x's dtype, as often as a slice has channels, padded."""
     options = forward_options(c, edges, out.dtype)
     count = rows_tiles(n, size, options)
     tensors = {
@@ -328,8 +332,9 @@ def rows_dgrad(
     options = data_gradient_options(c, edges, size[1], dx.dtype)
     count = rows_tiles(n, tuple(pieces(side, stride) for side in size), options)
     tensors = {
-        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial, **normalizing,
-        "opened_ptr": opened, "jobs_ptr": jobs, "segments_ptr": segments,
+        "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial,
+        "mean_ptr": normalizing["mean_ptr"], "inverse_ptr": normalizing["inverse_ptr"], "opened_ptr": opened,
+        "jobs_ptr": jobs, "segments_ptr": segments,
     }  # fmt: skip
     grid = count, len(jobs), stride * stride * pieces(c, options["COLUMNS"])
     launch(

@@ -14,14 +14,28 @@ from .rows import has_pixel, load_row, place_of, rows_tiles, zero_totals
 
 
 @triton.jit
+def _inputs(v, SWAP: tl.constexpr):
+    """v, of input channels, as an axis of what is loaded: it lies as the product takes it, so that it is copied to
+    shared memory as it comes."""
+    return v[None, :] if SWAP else v[:, None]
+
+
+@triton.jit
+def _pixels(v, SWAP: tl.constexpr):
+    return v[:, None] if SWAP else v[None, :]
+
+
+@triton.jit
 def _gradients(
-    x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H: tl.constexpr,
+    x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, EDGE, edges, opened, chunk, IMAGES, H: tl.constexpr,
     W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr,
     C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of the weights of a chunk of columns of taps."""
     PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
+    # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
+    SWAP: tl.constexpr = EDGES * P >= 64
     kx, ci = tap_and_channel(chunk, P, WIDE)
     dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
     column = tl.arange(0, EDGES * P)
@@ -29,11 +43,8 @@ def _gradients(
     kept = (((opened >> e) & 1) != 0) & (co < C)
     mean, inverse = 0.0, 1.0
     if NORMALIZE:
-        mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)
-        inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)
-    OTHER: tl.constexpr = float("-inf") if NORMALIZE else 0.0
-    # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
-    SWAP: tl.constexpr = EDGES * P >= 64
+        mean = _inputs(tl.load(mean_ptr + ci, mask=ci < C, other=0.0), SWAP)
+        inverse = _inputs(tl.load(inverse_ptr + ci, mask=ci < C, other=1.0), SWAP)
     totals = zero_totals(EDGES * P if SWAP else WIDE, WIDE if SWAP else EDGES * P, SIDE)
     blocks: tl.constexpr = (H + TALL - 1) // TALL
     tiles = tl.where(opened != 0, tl.cdiv(IMAGES * W, BLOCK) * blocks, 0)
@@ -45,13 +56,11 @@ def _gradients(
         for r in tl.static_range(TALL):
             mask = both(inside, y + r < H)[:, None] & kept[None, :]
             ds = ds + (tl.load(where + r * W * D_ROW, mask=mask, other=0.0).to(DTYPE),)
-        mask = inside[:, None] & fits[None, :] & has_pixel(x, dx, W)
-        pointer = x_ptr + ((place - PAD * W) * X_ROW)[:, None] + (dx * X_ROW + ci)[None, :]
-        ahead = load_row(pointer, mask, y - PAD, H, W * X_ROW, 0, OTHER)
+        mask = has_pixel(_pixels(x, SWAP) + _inputs(dx, SWAP), W) & _pixels(inside, SWAP) & _inputs(fits, SWAP)
+        pointer = x_ptr + _pixels((place - PAD * W) * X_ROW, SWAP) + _inputs(dx * X_ROW + ci, SWAP)
+        nothing = nothing_ptr + _inputs(ci, SWAP)
         for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
-            values = ahead
-            if i + 1 < TALL + DILATION * (SIDE - 1):
-                ahead = load_row(pointer, mask, y - PAD, H, W * X_ROW, i + 1, OTHER)
+            values = load_row(pointer, nothing, mask, y - PAD, H, W * X_ROW, i, NORMALIZE)
             values = activate(values, mean, inverse, NORMALIZE, DTYPE)
             changed = ()
             for ky in tl.static_range(SIDE):
@@ -61,7 +70,7 @@ def _gradients(
                     if SWAP:
                         total = tl.dot(tl.trans(d), values, total, input_precision=PRECISION)
                     else:
-                        total = tl.dot(tl.trans(values), d, total, input_precision=PRECISION)
+                        total = tl.dot(values, d, total, input_precision=PRECISION)
                 changed = changed + (total,)
             totals = changed
     outputs, inputs = e * (SIDE * SIDE * C * C) + co, (kx * C + ci) * C
@@ -74,8 +83,8 @@ def _gradients(
 
 @kernel
 def rows_wgrad_kernel(
-    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr, W: tl.constexpr,
-    EDGE, DISTANCE, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
+    d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr,
+    W: tl.constexpr, EDGE, DISTANCE, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
     NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +104,7 @@ def rows_wgrad_kernel(
     for kind in tl.static_range(4):
         if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
             _gradients(
-                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, EDGE, edges, opened, chunk, IMAGES, H, W,
+                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, EDGE, edges, opened, chunk, IMAGES, H, W,
                 3 + kind // 2 * 2, 1 + kind % 2, X_ROW, D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION,
                 DTYPE,
             )  # fmt: skip
@@ -128,7 +137,7 @@ def rows_wgrad(
     size: tuple[int, int], x_row: int, d_row: int, edge: int, c: int, edges: int, side: int, normalize: bool,
     parts: int, distance: int, moved: float,
 ):  # fmt: skip
-    """As convolve_wgrad."""
+    """As convolve_wgrad. normalizing: see rows_fwd."""
     options = _wgrad_options(c, edges, size[1], x.dtype)
     tensors = {"d_ptr": d, "x_ptr": x, "partial_ptr": partial, **normalizing, "opened_ptr": opened, "jobs_ptr": jobs}
     launch(
