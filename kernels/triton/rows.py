@@ -113,8 +113,8 @@ def has_pixel(x, W: tl.constexpr):
 def rows_fwd_kernel(
     x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, opened_ptr, jobs_ptr, IMAGES,
     H: tl.constexpr, W: tl.constexpr, EDGE, SHARES, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr,
-    EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """As convolve_fwd_kernel, but the last number of a job is the statistics row of x, of a second stage. nothing: see
     load_row."""
