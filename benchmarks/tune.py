@@ -20,7 +20,7 @@ from benchmarks import aot
 
 WORTH = 0.98  # of the time as it is: what must at least be gained
 # Only what leaves grids and buffers as they are, but for nodes and the rows_* kernels, see variants and _reshaped.
-_ROWS = {"BLOCK": (32, 64, 128), "TALL": (1, 2, 4, 8), "WIDE": (16, 32, 64), "num_warps": (1, 2, 4)}
+_ROWS = {"BLOCK": (16, 32, 64), "TALL": (2, 4, 8), "WIDE": (16, 32), "num_warps": (1, 2, 4), "num_stages": (1, 2)}
 CANDIDATES = {
     "rows_fwd_kernel": _ROWS,
     "rows_dgrad_kernel": _ROWS,
@@ -29,8 +29,8 @@ CANDIDATES = {
     "convolve_dgrad_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_wgrad_kernel": {"BLOCK": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
     "state_bwd_kernel": {"num_warps": (2, 4, 8, 16)},
-    "pool_fwd_kernel": {"num_warps": (2, 4, 8)},
-    "node_fwd_kernel": {"BLOCK": (16, 32, 64, 128), "num_warps": (1, 2, 4)},
+    "pool_fwd_kernel": {"num_warps": (1, 2, 4)},
+    "node_fwd_kernel": {"BLOCK": (16, 32, 64, 128, 256), "num_warps": (1, 2, 4)},
     "node_reduce_kernel": {"num_warps": (2, 4, 8)},
     "draw_kernel": {"num_warps": (2, 4, 8)},
 }
@@ -51,7 +51,7 @@ def variants(launch) -> list:
     return found or [launch]
 
 
-def _sensible(launch, BLOCK, TALL, WIDE, num_warps) -> bool:
+def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages) -> bool:
     """Whether a thread's part of the sums, of what is loaded and of the rows of a warp is one that can be fast."""
     name, given = launch.kernel.fn.__name__, launch.arguments
     wide, threads = max(16, given["P"]), 32 * num_warps
@@ -60,11 +60,11 @@ def _sensible(launch, BLOCK, TALL, WIDE, num_warps) -> bool:
         return False
     if name == "rows_wgrad_kernel":
         sums, loaded = 5 * columns * WIDE / threads, TALL * BLOCK * columns / 2 / threads
-        return WIDE in (wide, 2 * wide) and 20 <= sums <= 168 and loaded <= 64 and TALL in (2, 4)
+        return WIDE in (wide, 2 * wide) and 20 <= sums <= 168 and loaded <= 64 and TALL > 2
     if name == "rows_dgrad_kernel":
         sums = TALL * BLOCK * given["P"] / threads
         return WIDE == min(32, columns) and TALL > 2 and 8 <= sums <= 128
-    return WIDE == wide and TALL > 1 and 32 <= TALL * BLOCK * given["EDGES"] * given["P"] / threads <= 128
+    return WIDE <= wide and 32 <= TALL * BLOCK * given["EDGES"] * given["P"] / threads <= 128
 
 
 def _reshaped(launch, options):

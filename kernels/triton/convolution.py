@@ -116,9 +116,7 @@ def convolve_fwd_kernel(
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
         fits = ((tap < taps) & (ci < C_IN))[None, :]
         loaded = inside[:, None] & fits & within(y, x, H, W)
-        values = tl.load(
-            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=0.0
-        )
+        values = tl.load(x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=0.0)
         values = activate(values, 0.0, 1.0, False, DTYPE)
         weights = weight_ptr + ((tap * C_IN + ci) * WEIGHT_ROW)[:, None] + (e * weight_edge + co)[None, :]
         weights = tl.load(weights, mask=((tap < taps) & (ci < C_IN))[:, None] & kept[None, :], other=0.0).to(DTYPE)
@@ -232,9 +230,7 @@ def convolve_wgrad_kernel(
         base = ((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW
         y, x = (oy * STRIDE)[:, None] + dy[None, :], (ox * STRIDE)[:, None] + dx[None, :]
         loaded = inside[:, None] & fits[None, :] & within(y, x, H, W)
-        values = tl.load(
-            x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=0.0
-        )
+        values = tl.load(x_ptr + base[:, None] + ((dy * W + dx) * X_ROW + ci)[None, :], mask=loaded, other=0.0)
         values = activate(values, 0.0, 1.0, False, DTYPE)
         where = e.to(tl.int64)[None, :] * EDGE + (rows.to(tl.int64) * D_ROW)[:, None] + co[None, :]
         d = tl.load(d_ptr + where, mask=inside[:, None] & kept[None, :], other=0.0).to(DTYPE)

@@ -8,7 +8,7 @@ from .convolution import convolve_fwd
 from .launch import is_counting, launch, padded, pieces
 from .mixture import mix_fwd_kernel, node_fwd_kernel, normalize_fwd_kernel
 from .plan import Plan
-from .pools import pool_fwd_kernel
+from .pools import pool_fwd
 from .rows import rows_fwd
 from .statistics import merge_statistics
 
@@ -140,18 +140,14 @@ class Forward:
         table, jobs = p.jobs("pool", group, lambda: p.pool_jobs(group))
         if not table:
             return
-        size, read = (p.inner, p.m_in) if group[0] < 2 else (p.outer, p.m)
-        tensors = {
-            "x_ptr": self.space, "out_ptr": self.space, "index_ptr": self.index, "partial_ptr": self.partial,
-            "opened_ptr": self.opened, "jobs_ptr": jobs,
-        }  # fmt: skip
+        read = p.m_in if group[0] < 2 else p.m
+        shape = self.shape(group)
         moved = self.moved(lambda: sum(p.c * (read + p.m) for job in table if job[4] < 0 or self.open_on_host[job[4]]))
-        launch(
-            pool_fwd_kernel, (tuning.tiles(p.m), len(table)), tensors, moved, M=p.m, H=size[0], W=size[1],
-            OH=p.outer[0], OW=p.outer[1], SHARES=p.shares, STRIDE=p.spec.stride(group[0]), X_ROW=p.c, OUT_ROW=p.c,
-            **(self.block | tuning.pooling(padded(p.c), self.bytes)),
+        count = pool_fwd(
+            self.space, self.space, self.index, self.partial, self.opened, jobs, n=p.n, size=shape["size"],
+            out_size=p.outer, stride=shape["stride"], x_row=p.c, out_row=p.c, shares=p.shares, c=p.c, moved=moved,
         )  # fmt: skip
-        self.left += [(job[4], tuning.tiles(p.m)) for job in table if job[4] >= 0]
+        self.left += [(job[4], count) for job in table if job[4] >= 0]
 
     def second_stages(self, group):
         p = self.p

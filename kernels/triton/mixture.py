@@ -148,21 +148,27 @@ def _normalized(pointer, rows, c, row, mask, mean_ptr, inverse_ptr, C: tl.conste
     return (value - mean[None, :]) * inverse[None, :]
 
 
+STAGES = tl.constexpr(4)
+
+
 @triton.jit
 def _sum_of_terms(
     s, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, rows, c, mask, C: tl.constexpr
 ):
-    """Of slice s. The next term's coefficient is loaded before a term is: one wait for both."""
+    """Of slice s. What is closed is not read. Terms are copied to shared memory STAGES ahead: the compiler would let
+    each wait for the one before it."""
     total = tl.zeros(mask.shape, tl.float32)
+    where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
     first, end = tl.load(starts_ptr + s).to(tl.int32), tl.load(starts_ptr + s + 1).to(tl.int32)
-    ahead = tl.load(coefficients_ptr + tl.load(terms_ptr + first * 3 + 2, mask=first < end, other=0))
-    for t in range(first, end):
-        coefficient = ahead
-        ahead = tl.load(coefficients_ptr + tl.load(terms_ptr + tl.minimum(t + 1, end - 1) * 3 + 2))
+    for t in tl.range(first, end, num_stages=STAGES):
+        coefficient = tl.load(coefficients_ptr + tl.load(terms_ptr + t * 3 + 2))
+        row = tl.load(terms_ptr + t * 3 + 1).to(tl.int32)
+        place = tl.multiple_of(tl.load(terms_ptr + t * 3), 8)
+        value = tl.load(work_ptr + place + where, mask=both(mask, coefficient != 0), other=0.0)
+        mean = tl.load(mean_ptr + row * C + c, mask=c < C, other=0.0)
+        scale = tl.load(inverse_ptr + row * C + c, mask=c < C, other=0.0) * coefficient
         if coefficient != 0:
-            term = work_ptr + tl.multiple_of(tl.load(terms_ptr + t * 3), 8)
-            row = tl.load(terms_ptr + t * 3 + 1).to(tl.int32)
-            total += coefficient * _normalized(term, rows, c, row, mask, mean_ptr, inverse_ptr, C)
+            total += (value.to(tl.float32) - mean[None, :]) * scale[None, :]
     return total
 
 
@@ -219,13 +225,16 @@ def node_reduce_kernel(
     c = tl.arange(0, P)
     total = tl.zeros([BLOCK, P], tl.float32)
     if coefficient != 0:
-        for tile in range(part, tl.cdiv(M, BLOCK), parts):
+        mean = tl.load(mean_ptr + row * C + c, mask=c < C, other=0.0)
+        inverse = tl.load(inverse_ptr + row * C + c, mask=c < C, other=0.0)
+        for tile in tl.range(part, tl.cdiv(M, BLOCK), parts, num_stages=STAGES):
             rows = tile * BLOCK + tl.arange(0, BLOCK)
             mask = (rows < M)[:, None] & (c < C)[None, :]
-            d = tl.load(d_ptr + (rows.to(tl.int64) * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            if term >= 0:
-                d *= _normalized(work_ptr + tl.multiple_of(term, 8), rows, c, row, mask, mean_ptr, inverse_ptr, C)
-            total += tl.where(mask, d, 0.0)
+            where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
+            d = tl.load(d_ptr + where, mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(work_ptr + tl.multiple_of(term, 8) + where, mask=both(mask, term >= 0), other=0.0)
+            normalized = (value.to(tl.float32) - mean[None, :]) * inverse[None, :]
+            total += d * tl.where(term >= 0, normalized, 1.0)
     partial_ptr += tl.program_id(1) * parts * C
     tl.store(partial_ptr + part * C + c, tl.sum(total, 0), mask=c < C)
     if finishes_last(counters_ptr + tl.program_id(1), parts):

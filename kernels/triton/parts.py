@@ -10,7 +10,7 @@ from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_par
 from .launch import launch, padded, pieces
 from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
 from .packing import collect, expand_kernel, unpack
-from .pools import AVERAGE, MAXIMUM, pool_fwd_kernel
+from .pools import AVERAGE, MAXIMUM, pool_fwd
 from .rows import forward_options, rows_dgrad, rows_fwd, rows_tiles
 from .rows_wgrad import rows_wgrad, rows_wgrad_parts
 from .statistics import merge_statistics, moments_kernel
@@ -182,14 +182,10 @@ class _Pooling(torch.autograd.Function):
         out, m = _new(n, c, out_size, x), n * out_size[0] * out_size[1]
         index = torch.empty(m * c, dtype=torch.uint8, device=x.device)
         none, opened = torch.empty(1, device=x.device), torch.ones(1, dtype=torch.int32, device=x.device)
-        tensors = {
-            "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": none, "opened_ptr": opened,
-            "jobs_ptr": _table([[0, 0, 0, mode, -1]], x.device),
-        }  # fmt: skip
-        launch(
-            pool_fwd_kernel, (tuning.tiles(m), 1), tensors, (x.numel() + out.numel()) * x.element_size(), M=m,
-            H=size[0], W=size[1], OH=out_size[0], OW=out_size[1], SHARES=0, STRIDE=stride, X_ROW=x_row, OUT_ROW=c,
-            C=c, P=padded(c), BLOCK=tuning.block(),
+        pool_fwd(
+            x, out, index, none, opened, _table([[0, 0, 0, mode, -1]], x.device), n=n, size=tuple(size),
+            out_size=tuple(out_size), stride=stride, x_row=x_row, out_row=c, shares=0, c=c,
+            moved=(x.numel() + out.numel()) * x.element_size(),
         )  # fmt: skip
         ctx.save_for_backward(index, opened)
         ctx.mode, ctx.stride, ctx.shape = mode, stride, x.shape

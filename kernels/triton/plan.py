@@ -9,7 +9,7 @@ from . import tuning
 from .convolution import wgrad_parts
 from .launch import dot_options, padded
 from .layout import Layout
-from .pools import AVERAGE, BYPASS, MAXIMUM
+from .pools import AVERAGE, BYPASS, MAXIMUM, pool_tiles
 from .rows import data_gradient_options, forward_options, rows_tiles
 from .rows_wgrad import rows_wgrad_parts
 
@@ -29,7 +29,8 @@ class Plan(Layout):
         edges = {1, *(padded(len(rows)) for rows in self.spec.rows_by_source)}
         options = [forward_options(self.c, count, self.dtype) for count in edges]
         options.append(data_gradient_options(self.c, 1, self.outer[1], self.dtype))
-        return max(tuning.tiles(max(self.m, self.m_in)), *(rows_tiles(self.n, self.outer, o) for o in options))
+        pooled = pool_tiles(self.n, self.outer, self.c, self.dtype)
+        return max(tuning.tiles(max(self.m, self.m_in)), pooled, *(rows_tiles(self.n, self.outer, o) for o in options))
 
     # --- Tables ---
 

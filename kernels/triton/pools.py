@@ -1,10 +1,13 @@
 """3x3 poolings and the 2x2 maxima of the bypass, forward; their backward is part of the state's (mixture.py)."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .convolution import position
-from .launch import kernel
+from . import tuning
+from .launch import both, kernel, launch, padded
+from .rows import has_pixel, place_of, rows_tiles
 from .statistics import leave_statistics
 
 MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
@@ -18,41 +21,69 @@ def inverse_count(o, SIDE: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _seen(
-    pointer, tap: tl.constexpr, oy, ox, inside, c, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr,
-    SIZE: tl.constexpr, X_ROW: tl.constexpr, C: tl.constexpr, OTHER: tl.constexpr,
+def _across(
+    pointer, y, x, inside, c, i: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr,
+    AVERAGED: tl.constexpr, X_ROW: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """What outputs see through a tap. pointer: to what the first tap of a window without padding sees."""
-    dy: tl.constexpr = tap // SIZE - (SIZE - 1) // 2
-    dx: tl.constexpr = tap % SIZE - (SIZE - 1) // 2
-    y, x = oy * STRIDE + dy, ox * STRIDE + dx
-    mask = (inside & (y >= 0) & (y < H) & (x >= 0) & (x < W))[:, None] & (c < C)[None, :]
-    return tl.load(pointer + (dy * W + dx) * X_ROW, mask=mask, other=OTHER).to(tl.float32)
+    """Of what windows see of input row y + i, the sum, or the maximum and in which column it lies, the first of equals.
+    pointer: to x of row y."""
+    OTHER: tl.constexpr = 0.0 if AVERAGED else float("-inf")
+    for k in tl.static_range(SIZE):
+        mask = (inside & has_pixel(x + k - (SIZE - 1) // 2, W))[:, None] & (c < C)[None, :]
+        mask = both(both(mask, y + i >= 0), y + i < H)
+        value = tl.load(pointer + (i * W + k - (SIZE - 1) // 2) * X_ROW, mask=mask, other=OTHER).to(tl.float32)
+        if k == 0:
+            found, index = value, tl.zeros(value.shape, tl.int32)
+        elif AVERAGED:
+            found += value
+        else:
+            found, index = _larger(found, index, value, k)
+    return found, index
 
 
 @triton.jit
-def _maxima(
-    pointer, oy, ox, inside, c, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr,
-    X_ROW: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+def _larger(found, index, value, i):
+    larger = (value > found) | (value != value)  # NaN is not to be lost
+    return tl.where(larger, value, found), tl.where(larger, i, index)
+
+
+@triton.jit
+def _pooled(
+    pointer, y, x, inside, c, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr,
+    AVERAGED: tl.constexpr, X_ROW: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    TALL: tl.constexpr,
 ):  # fmt: skip
-    """And which tap held each, the first of equals."""
-    largest, index = tl.full([BLOCK, P], float("-inf"), tl.float32), tl.zeros([BLOCK, P], tl.int32)
-    for tap in tl.static_range(SIZE * SIZE):
-        value = _seen(pointer, tap, oy, ox, inside, c, H, W, STRIDE, SIZE, X_ROW, C, float("-inf"))
-        larger = (value > largest) | (value != value)  # NaN is not to be lost
-        largest = tl.where(larger, value, largest)
-        index = tl.where(larger, tap, index)
-    return largest, index
+    """Sums, or maxima and which tap held each, the first of equals, of TALL rows of outputs. What a window sees of a
+    row is gathered once for all outputs above and below it."""
+    outs, indices = (), ()
+    for _ in tl.static_range(TALL):
+        outs += (tl.full([BLOCK, P], 0.0 if AVERAGED else float("-inf"), tl.float32),)
+        indices += (tl.zeros([BLOCK, P], tl.int32),)
+    for i in tl.static_range((TALL - 1) * STRIDE + SIZE):
+        found, column = _across(pointer, y, x, inside, c, i - (SIZE - 1) // 2, H, W, SIZE, AVERAGED, X_ROW, C)
+        changed, moved = (), ()
+        for r in tl.static_range(TALL):
+            out, index = outs[r], indices[r]
+            if i >= r * STRIDE and i < r * STRIDE + SIZE:
+                if AVERAGED:
+                    out += found
+                else:
+                    out, index = _larger(out, index, found, (i - r * STRIDE) * SIZE + column)
+            changed += (out,)
+            moved += (index,)
+        outs, indices = changed, moved
+    return outs, indices
 
 
 @kernel
 def pool_fwd_kernel(
-    x_ptr, out_ptr, index_ptr, partial_ptr, opened_ptr, jobs_ptr, M, H: tl.constexpr, W: tl.constexpr,
+    x_ptr, out_ptr, index_ptr, partial_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr, W: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, SHARES, STRIDE: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, jobs). A job: x offset, out offset, index offset, mode, instance (-1: always open, no statistics).
-    index: which tap held the maximum, the first of equals, uint8. Statistics as the convolution's.
+    """Grid (tiles, jobs), see rows.place_of. A job: x offset, out offset, index offset, mode, instance (-1: always
+    open, no statistics). index: which tap held the maximum, the first of equals, uint8. Statistics as the
+    convolution's.
     """
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 5
     mode, instance = tl.load(jobs_ptr + 3), tl.load(jobs_ptr + 4).to(tl.int32)
@@ -60,33 +91,64 @@ def pool_fwd_kernel(
         if tl.load(opened_ptr + instance) == 0:
             return
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
-    rows, c = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
-    inside = rows < M
-    n, oy, ox = position(rows, OH, OW)
-    pointer = x_ptr + (((n * H + oy * STRIDE) * W + ox * STRIDE) * X_ROW)[:, None] + c[None, :]
-    index = tl.zeros([BLOCK, P], tl.int32)
+    c = tl.arange(0, P)
+    y, n, x, inside = place_of(tile, IMAGES, OH, OW, BLOCK, TALL)
+    pointer = x_ptr + (((n * H + y * STRIDE) * W + x * STRIDE) * X_ROW)[:, None] + c[None, :]
+    seen = (pointer, y * STRIDE, x * STRIDE, inside, c)
+    outs, indices = (), ()
+    for _ in tl.static_range(TALL):
+        outs += (tl.zeros([BLOCK, P], tl.float32),)
+        indices += (tl.zeros([BLOCK, P], tl.int32),)
     if mode == 0:
-        out, index = _maxima(pointer, oy, ox, inside, c, H, W, STRIDE, 3, X_ROW, C, P, BLOCK)
+        outs, indices = _pooled(*seen, H, W, STRIDE, 3, False, X_ROW, C, P, BLOCK, TALL)
     elif mode == 1:
-        out = tl.zeros([BLOCK, P], tl.float32)
-        for tap in tl.static_range(9):
-            out += _seen(pointer, tap, oy, ox, inside, c, H, W, STRIDE, 3, X_ROW, C, 0.0)
-        out *= (inverse_count(oy, H, STRIDE) * inverse_count(ox, W, STRIDE))[:, None]
+        outs, indices = _pooled(*seen, H, W, STRIDE, 3, True, X_ROW, C, P, BLOCK, TALL)
+        shares = ()
+        for r in tl.static_range(TALL):
+            count = inverse_count(y + r, H, STRIDE) * inverse_count(x, W, STRIDE)
+            shares += (outs[r] * count[:, None],)
+        outs = shares
     else:
-        out, index = _maxima(pointer, oy, ox, inside, c, H, W, STRIDE, 2, X_ROW, C, P, BLOCK)
-    mask = inside[:, None] & (c < C)[None, :]
-    stored = tl.where(mask, out, 0.0).to(out_ptr.dtype.element_ty)
-    where = rows.to(tl.int64)[:, None]
+        outs, indices = _pooled(*seen, H, W, STRIDE, 2, False, X_ROW, C, P, BLOCK, TALL)
     out_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
-    tl.store(out_ptr + where * OUT_ROW + c[None, :], stored, mask=mask)
-    if mode != 1:
-        index_ptr += tl.load(jobs_ptr + 2)
-        tl.store(index_ptr + where * C + c[None, :], index.to(tl.uint8), mask=mask)
+    index_ptr += tl.load(jobs_ptr + 2)
+    place, channel = ((n * OH + y) * OW + x).to(tl.int64)[:, None], (c < C)[None, :]
+    sums = tl.zeros([BLOCK, P], tl.float32)
+    for r in tl.static_range(TALL):
+        mask = both(inside, y + r < OH)[:, None] & channel
+        stored = outs[r].to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (place + r * OW) * OUT_ROW + c[None, :], stored, mask=mask)
+        if mode != 1:
+            tl.store(index_ptr + (place + r * OW) * C + c[None, :], indices[r].to(tl.uint8), mask=mask)
+        sums += tl.where(mask, stored.to(tl.float32), 0.0)  # of what was stored, rounding included
     if instance >= 0:
-        value = stored.to(tl.float32)
-        count = tl.minimum(M - tile * BLOCK, BLOCK).to(tl.float32)
-        sums = tl.sum(value, 0)
-        away = tl.where(mask, value - (sums / count)[None, :], 0.0)
+        count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(OH - y, TALL)).to(tl.float32)
+        total, squares = tl.sum(sums, 0), tl.zeros([BLOCK, P], tl.float32)
+        for r in tl.static_range(TALL):
+            away = outs[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (total / count)[None, :]
+            squares += tl.where(both(inside, y + r < OH)[:, None] & channel, away * away, 0.0)
         leave_statistics(
-            partial_ptr, tile, count, sums, tl.sum(away * away, 0), instance + c * 0, c, c < C, SHARES, C
+            partial_ptr, tile, count, total, tl.sum(squares, 0), instance + c * 0, c, c < C, SHARES, C
         )  # fmt: skip
+
+
+def pool_tiles(n: int, size: tuple[int, int], c: int, dtype: torch.dtype) -> int:
+    return rows_tiles(n, size, tuning.pooling(padded(c), dtype.itemsize))
+
+
+def pool_fwd(
+    x: Tensor, out: Tensor, index: Tensor, partial: Tensor, opened: Tensor, jobs: Tensor, *, n: int,
+    size: tuple[int, int], out_size: tuple[int, int], stride: int, x_row: int, out_row: int, shares: int, c: int,
+    moved: float,
+) -> int:  # fmt: skip
+    """Returns how many shares of statistics each instance has in partial, which has place for shares."""
+    tensors = {
+        "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs
+    }  # fmt: skip
+    count = pool_tiles(n, out_size, c, x.dtype)
+    launch(
+        pool_fwd_kernel, (count, len(jobs)), tensors, moved, IMAGES=n, H=size[0], W=size[1], OH=out_size[0],
+        OW=out_size[1], SHARES=shares, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, C=c, P=padded(c),
+        **tuning.pooling(padded(c), x.element_size()),
+    )  # fmt: skip
+    return count

@@ -38,9 +38,8 @@ def timed(rule: Callable[..., dict]) -> Callable[..., dict]:
 
 @timed
 def node(wide: int, k: int, size: int) -> dict:
-    """wide: channels of a slice, padded; all k slices are a program's. It waits for its loads, term by term: many small
-    programs hide that."""
-    return {"BLOCK": max(16, 1024 // (wide * triton.next_power_of_2(k))), "num_warps": 2}
+    """wide: channels of a slice, padded; all k slices are a program's. One warp waits for no other."""
+    return {"BLOCK": max(16, 2048 // (wide * triton.next_power_of_2(k))), "num_warps": 1}
 
 
 @timed
@@ -56,7 +55,8 @@ def drawing(wide: int, size: int) -> dict:
 
 @timed
 def pooling(wide: int, size: int) -> dict:
-    return {"num_warps": 8 if wide * size >= 128 else 2 if wide <= 8 else 4}
+    """BLOCK columns of TALL rows; a thread has 8 elements of each."""
+    return {"BLOCK": max(8, 256 // wide), "TALL": 4, "num_warps": max(1, wide // 32)}
 
 
 @timed
@@ -78,12 +78,12 @@ def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: i
     if size == 2 and wide_in <= 16:
         # With 2 warps the compiler takes the smaller matrix instructions, which are faster here, until it spills.
         k = 32 if wide_in == 16 and wide_out == 32 else 16
-        return {"BLOCK_K": k, "num_warps": 2 if wide_in <= 8 or wide_out <= 16 else 4, "num_stages": 1}
+        return {"BLOCK_K": k, "num_warps": 2 if wide_in <= 8 or wide_out <= 16 else 4, "num_stages": 2}
     k = 32 if size == 4 or wide_in == 32 else 64
     if size == 2 and wide_in == 32 and wide_out == 128 and width & (width - 1):
         k = 16  # places in such a map take the registers that a wider block has not left, on sm_80
     wide = exact or wide_out * size >= (128 if size == 4 else 512)
-    return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 1}
+    return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 2 if size == 2 and wide_in == 32 else 1}
 
 
 @timed
@@ -137,12 +137,12 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
             32, 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1, 16, 4 if columns < 128 else 8
         )
     if columns <= 32 and wide < 32:
-        return _rows(32, 8 if columns == wide else 4, 16, 2)
+        return _rows(32, 8 if columns == wide else 4, 16, 1 if columns == 8 else 2)
     if columns == 32:
         return _rows(64, 4, 16, 4)
     if columns == 64:
-        return _rows(64, 2, 16, 4) if wide == 16 else _rows(32, 2, 32, 4)
-    return _rows(64 if columns == 128 else 32, 2 if columns == 128 else 1, 32, 8)
+        return _rows(64, 4, 16, 4) if wide == 16 else _rows(32, 2, 32, 4)
+    return _rows(64, 2, 16, 4) if columns == 128 else _rows(32, 1, 32, 8)
 
 
 @timed
@@ -170,9 +170,11 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
     if columns > 64:
         return _rows(64, 4 if wide == 16 else 2, min(32, wide), 8)
     if columns == 64:
-        return _rows(64, 4 if wide == 16 else 2, min(32, wide), 4)
+        return _rows(32, 4, 32, 4)
     if wide >= 32:
         return _rows(32, 4, 32, 2)
+    if wide == 8:
+        return _rows(16 if columns == 8 else 32, 8, 16, 2 if columns == 32 else 1)
     return _rows(32, 4, 16, 2 if columns == 32 else 1)
 
 
