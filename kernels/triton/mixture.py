@@ -227,12 +227,13 @@ def node_reduce_kernel(
     if coefficient != 0:
         mean = tl.load(mean_ptr + row * C + c, mask=c < C, other=0.0)
         inverse = tl.load(inverse_ptr + row * C + c, mask=c < C, other=0.0)
+        work_ptr += tl.multiple_of(tl.maximum(term, 0), 8)
         for tile in tl.range(part, tl.cdiv(M, BLOCK), parts, num_stages=STAGES):
             rows = tile * BLOCK + tl.arange(0, BLOCK)
             mask = (rows < M)[:, None] & (c < C)[None, :]
             where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
             d = tl.load(d_ptr + where, mask=mask, other=0.0).to(tl.float32)
-            value = tl.load(work_ptr + tl.multiple_of(term, 8) + where, mask=both(mask, term >= 0), other=0.0)
+            value = tl.load(work_ptr + where, mask=both(mask, term >= 0), other=0.0)
             normalized = (value.to(tl.float32) - mean[None, :]) * inverse[None, :]
             total += d * tl.where(term >= 0, normalized, 1.0)
     partial_ptr += tl.program_id(1) * parts * C

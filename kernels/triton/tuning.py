@@ -118,26 +118,28 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 # --- Of the kernels of rows.py: BLOCK columns and TALL rows of a map, WIDE elements of a pixel at a time. Chosen by
 # what the compiler made of them: instructions and passes through the first-level cache for each product, warps that
 # fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied, all at a
-# time; with one, each waits for the one before it.
+# time; with one, each waits for the one before it. The number of registers is said where the compiler chooses fewer
+# than it needs.
 
 
-def _rows(block: int, tall: int, wide: int, warps: int, stages: int = 2) -> dict:
-    return {"BLOCK": block, "TALL": tall, "WIDE": wide, "num_warps": warps, "num_stages": stages}
+def _rows(block: int, tall: int, wide: int, warps: int, registers: int | None = None, stages: int = 2) -> dict:
+    options = {"BLOCK": block, "TALL": tall, "WIDE": wide, "num_warps": warps, "num_stages": stages}
+    return options | ({} if registers is None else {"maxnreg": registers})
 
 
 @timed
 def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two."""
     if size == 4 and precision == "ieee":
-        return _rows(32, 2 if wide < columns <= 32 else 1, 16, 4 if columns < 128 else 8, 1)
+        return _rows(32, 2 if wide < columns <= 32 else 1, 16, 4 if columns < 128 else 8, stages=1)
     if size == 4:
         if columns <= 32 and wide < 32:
-            return _rows(32, 2, 16, 2)
-        return _rows(
-            32, 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1, 16, 4 if columns < 128 else 8
-        )
+            return _rows(32, 2, 16, 2, 128)
+        tall = 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1
+        return _rows(32, tall, 16, *((4, None) if columns < 128 else (8, 128)))
     if columns <= 32 and wide < 32:
-        return _rows(32, 8 if columns == wide else 4, 16, 1 if columns == 8 else 2)
+        registers = {(4, 4): 168, (8, 8): 208, (8, 16): 128}.get((wide, columns))
+        return _rows(32, 8 if columns == wide else 4, 16, 1 if columns == 8 else 2, registers)
     if columns == 32:
         return _rows(64, 4, 16, 4)
     if columns == 64:
@@ -151,31 +153,32 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     compiler makes of the same number of registers."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
-        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4, 1)
-    if wide >= 32:
-        return columns | (_rows(64, 4, 32, 4 if wide == 32 else 8) if size == 2 else _rows(64, 2, 16, 4))
-    if size == 2 and wide == 8 and summed == 8:
-        return columns | _rows(64, 4, 16, 2)
+        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4, stages=1)
     if size == 4:
-        return columns | _rows(32, 4, 16, 2)
-    return columns | _rows(32, 8, min(32, max(16, summed)), 2)
+        return columns | (_rows(64, 2, 16, 4, 208) if wide >= 32 else _rows(32, 4, 16, 2, 208 if wide == 16 else 128))
+    if wide >= 32:
+        return columns | (_rows(64, 4, 16, 4, 208 if summed == 32 else None) if wide == 32 else _rows(64, 4, 32, 8))
+    if wide == summed == 8:
+        return columns | _rows(64, 4, 16, 2)
+    registers = {(4, 4): 128, (16, 16): 224}.get((wide, summed))
+    return columns | _rows(32, 8, min(32, max(16, summed)), 2, registers)
 
 
 @timed
 def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     if size == 4 and precision == "ieee":
-        return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8, 1)
+        return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8, stages=1)
     if size == 4:
         return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
     if columns > 64:
         return _rows(64, 4 if wide == 16 else 2, min(32, wide), 8)
     if columns == 64:
-        return _rows(32, 4, 32, 4)
+        return _rows(16, 4, 32, 4)
     if wide >= 32:
-        return _rows(32, 4, 32, 2)
-    if wide == 8:
-        return _rows(16 if columns == 8 else 32, 8, 16, 2 if columns == 32 else 1)
-    return _rows(32, 4, 16, 2 if columns == 32 else 1)
+        return _rows(16, 4, 32, 2)
+    if columns <= 16:
+        return _rows(16, 8, 16 if wide < 8 else 32, 2 if wide == 16 else 1)
+    return _rows(16, 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
