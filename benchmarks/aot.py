@@ -5,8 +5,9 @@
 The configurations are those that the launchers ask for on the meta device: in a weight and an architecture step of the
 CIFAR-10 and ImageNet searches with K = 2 and 4 and in their evaluation, and in a step and an evaluation of both
 retrainings, of genotypes that have every operation. Told are registers, spills, shared memory, the widest load and the
-tensor core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, or loads
-its data in pieces narrower than 64 bit. Needs triton and, beside it, PyTorch on the CPU; no GPU, no driver.
+tensor core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, loads its
+data in pieces narrower than 64 bit, or waits for rows that are to be copied ahead (rows.py). Needs triton and, beside
+it, PyTorch on the CPU; no GPU, no driver.
 """
 
 import json
@@ -178,6 +179,8 @@ def compiled(job: dict) -> dict:
         problems.append("spills")
     if row["shared"] > SHARED_LIMIT[job["arch"]]:
         problems.append("too much shared memory")
+    if job["kernel"].startswith("rows_") and job["dtype"] != "float32" and not row["copied"]:
+        problems.append("nothing copied ahead")
     if job["kernel"] not in NARROW:
         if row["widest_load"] < 64:
             problems.append("narrow loads")
@@ -243,7 +246,8 @@ def _resources(cubin: bytes) -> dict:
     return {
         "registers": int(usage[1]), "stack": int(usage[2]), "spills": named("LDL", "STL"), "loads": dict(loads),
         "widest_load": max((int(width) for width in loads), default=0), "tensor_core": named("HMMA", "HGMMA"),
-        "fma": named("FFMA"), "instructions": sum(operations.values()), "barriers": named("BAR"),
+        "copied": named("LDGSTS"), "fma": named("FFMA"), "instructions": sum(operations.values()),
+        "barriers": named("BAR"),
     }  # fmt: skip
 
 
