@@ -137,9 +137,10 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
             return _rows(32, 2, 16, 2, 128)
         tall = 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1
         return _rows(32, tall, 16, *((4, None) if columns < 128 else (8, 128)))
+    if columns <= 8:
+        return _rows(16, 8, 16, 1)
     if columns <= 32 and wide < 32:
-        registers = {(4, 4): 168, (8, 8): 208, (8, 16): 128}.get((wide, columns))
-        return _rows(32, 8 if columns == wide else 4, 16, 1 if columns == 8 else 2, registers)
+        return _rows(32, 8 if columns == wide else 4, 16, 2, 128 if (wide, columns) == (8, 16) else None)
     if columns == 32:
         return _rows(64, 4, 16, 4)
     if columns == 64:
@@ -157,11 +158,10 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     if size == 4:
         return columns | (_rows(64, 2, 16, 4, 208) if wide >= 32 else _rows(32, 4, 16, 2, 208 if wide == 16 else 128))
     if wide >= 32:
-        return columns | (_rows(64, 4, 16, 4, 208 if summed == 32 else None) if wide == 32 else _rows(64, 4, 32, 8))
-    if wide == summed == 8:
-        return columns | _rows(64, 4, 16, 2)
-    registers = {(4, 4): 128, (16, 16): 224}.get((wide, summed))
-    return columns | _rows(32, 8, min(32, max(16, summed)), 2, registers)
+        return columns | (_rows(64, 4, 16, 4, 208) if wide == 32 else _rows(64, 4, 32, 8))
+    if summed <= 8:
+        return columns | _rows(8 * wide, 4, 16, 2)
+    return columns | _rows(32, 8, min(32, summed), 2, 224 if wide == summed == 16 else None)
 
 
 @timed
@@ -214,7 +214,8 @@ def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
     found = whole if whole <= most else columns(wide, 64)
     return {
         "BLOCK": 64 if size == 4 else 128, "BLOCK_K": max(16, columns(summed, 16 if size == 4 else 32)),
-        "COLUMNS": found, "num_warps": 8 if found == 128 or (exact and found == 64) else 4, "num_stages": 1,
+        "COLUMNS": found, "num_warps": 8 if found == 128 or (exact and found == 64) else 4,
+        "num_stages": 2 if size == 2 else 1,
     }  # fmt: skip
 
 
@@ -223,7 +224,7 @@ def pointwise_weight_gradient(outputs: int, inputs: int, precision: str, size: i
     most = 32 if exact else 64
     options = {
         "BLOCK": 32 if size == 4 else 64, "OUTPUTS": max(16, columns(outputs, most)),
-        "INPUTS": max(16, columns(inputs, most)), "num_warps": 4, "num_stages": 1,
+        "INPUTS": max(16, columns(inputs, most)), "num_warps": 4, "num_stages": 2 if size == 2 else 1,
     }  # fmt: skip
     if size == 4 and not exact:
         options["maxnreg"] = 255  # 168 are used at most; the compiler would choose 162 for one of them, and spill
