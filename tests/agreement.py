@@ -32,7 +32,7 @@ def larger_steps(request, monkeypatch):
     if TESTED == "triton" and not request.node.name.startswith("test_stage"):
         from fpdarts.kernels.triton import tuning
 
-        monkeypatch.setattr(tuning, "_rows", lambda *_: {"BLOCK": 32, "TALL": 4, "WIDE": 64, "num_warps": 4})
+        monkeypatch.setattr(tuning, "_rows", lambda *_, **__: {"BLOCK": 32, "TALL": 4, "WIDE": 64, "num_warps": 4})
 
 
 TWICE = TESTED != "triton"  # in the interpreter only where a test asks for it: it would take minutes more
