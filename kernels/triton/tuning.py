@@ -1,7 +1,8 @@
 """Block shapes of the kernels: static rules, since autotuning needs a driver and would make two runs differ.
 
-Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``), but for the kernels of rows.py; the others
-are chosen by what fits. What ``benchmarks.tune`` finds faster goes into timed.py, and comes before the rules here.
+Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``), but for the kernels of rows.py, of nodes
+and of poolings, and for pipelines of two stages; the others are chosen by what fits. What ``benchmarks.tune`` finds
+faster goes into timed.py, and comes before the rules here.
 """
 
 from collections.abc import Callable
