@@ -179,7 +179,7 @@ def compiled(job: dict) -> dict:
         problems.append("spills")
     if row["shared"] > SHARED_LIMIT[job["arch"]]:
         problems.append("too much shared memory")
-    if job["kernel"].startswith("rows_") and job["dtype"] != "float32" and not row["copied"]:
+    if job["kernel"].startswith("rows_") and job["dtype"] == "bfloat16" and not row["copied"]:
         problems.append("nothing copied ahead")
     if job["kernel"] not in NARROW:
         if row["widest_load"] < 64:

@@ -119,8 +119,8 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 # --- Of the kernels of rows.py: BLOCK columns and TALL rows of a map, WIDE elements of a pixel at a time. Chosen by
 # what the compiler made of them: instructions and passes through the first-level cache for each product, warps that
 # fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied, all at a
-# time; with one, each waits for the one before it. The number of registers is said where the compiler chooses fewer
-# than it needs.
+# time; with one, as in float32, each waits for the one before it. The number of registers is said where the compiler
+# chooses fewer than it needs.
 
 
 def _rows(block: int, tall: int, wide: int, warps: int, registers: int | None = None, stages: int = 2) -> dict:
@@ -135,9 +135,9 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
         return _rows(32, 2 if wide < columns <= 32 else 1, 16, 4 if columns < 128 else 8, stages=1)
     if size == 4:
         if columns <= 32 and wide < 32:
-            return _rows(32, 2, 16, 2, 128)
+            return _rows(32, 2, 16, 2, 255, stages=1)
         tall = 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1
-        return _rows(32, tall, 16, *((4, None) if columns < 128 else (8, 128)))
+        return _rows(32, tall, 16, 4 if columns < 128 else 8, 255, stages=1)
     if columns <= 8:
         return _rows(16, 8, 16, 1)
     if columns <= 32 and wide < 32:
@@ -157,7 +157,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     if size == 4 and precision == "ieee":
         return columns | _rows(32, 2 if wide == 32 else 1, 16, 4, stages=1)
     if size == 4:
-        return columns | (_rows(64, 2, 16, 4, 208) if wide >= 32 else _rows(32, 4, 16, 2, 208 if wide == 16 else 128))
+        return columns | (_rows(64, 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
     if wide >= 32:
         return columns | (_rows(64, 4, 16, 4, 208) if wide == 32 else _rows(64, 4, 32, 8))
     if summed <= 8:
