@@ -155,8 +155,8 @@ STAGES = tl.constexpr(4)
 def _sum_of_terms(
     s, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, terms_ptr, starts_ptr, rows, c, mask, C: tl.constexpr
 ):
-    """Of slice s. What is closed is not read. Terms are copied to shared memory STAGES ahead: the compiler would let
-    each wait for the one before it."""
+    """Of slice s. What is closed is not read. Terms are copied to shared memory some STAGES ahead: the compiler would
+    let each wait for the one before it."""
     total = tl.zeros(mask.shape, tl.float32)
     where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
     first, end = tl.load(starts_ptr + s).to(tl.int32), tl.load(starts_ptr + s + 1).to(tl.int32)

@@ -5,9 +5,9 @@ Here a program has outputs in TALL rows, one under the other, of BLOCK columns (
 for each column of taps loads the rows that any of its outputs needs: of a 5x5 convolution 8 for 4 rows of outputs in
 place of 20. Where an element lies is counted once a column of taps; a row is a distance from there.
 
-The loops over columns of taps are pipelined (num_stages): Triton then copies the rows of the next columns to shared
-memory, all at a time, while these are multiplied. Without that it stores each row there, for the matrix unit, before
-it loads the next: a program would wait for every row, one after the other.
+In bfloat16 the loops over columns of taps are pipelined (num_stages): Triton then copies the rows of the next columns
+to shared memory, all at a time, while these are multiplied. Without that it stores each row there, for the matrix unit,
+before it loads the next: a program would wait for every row, one after the other.
 
 Jobs and segments are those of convolution.py. Their taps are a square of side 3 or 5, of dilation 1 or 2. Gradients of
 the inputs of stages of stride 2 and of factorized reductions are here as well.
