@@ -209,6 +209,7 @@ def told(launch) -> str:
         "BLOCK",
         "TALL",
         "WIDE",
+        "ACROSS",
         "BLOCK_K",
         "COLUMNS",
         "PRECISION",

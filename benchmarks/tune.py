@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from fpdarts.kernels.triton import timed
 from fpdarts.kernels.triton.launch import padded, pieces
-from fpdarts.kernels.triton.rows import rows_tiles
+from fpdarts.kernels.triton.rows import rows_shares, rows_tiles
 from fpdarts.kernels.triton.rows_wgrad import wgrad_grid
 
 from benchmarks import aot
 
 WORTH = 0.98  # of the time as it is: what must at least be gained
 # Only what leaves grids and buffers as they are, but for nodes and the rows_* kernels, see variants and _reshaped.
-_ROWS = {"BLOCK": (16, 32, 64), "TALL": (2, 4, 8), "WIDE": (16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2)}
+_ROWS = {"BLOCK": (16, 32, 64), "TALL": (4, 8, 16), "WIDE": (16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2)}
 CANDIDATES = {
-    "rows_fwd_kernel": _ROWS,
-    "rows_dgrad_kernel": _ROWS,
+    "rows_fwd_kernel": _ROWS | {"ACROSS": (1, 2)},
+    "rows_dgrad_kernel": _ROWS | {"ACROSS": (1, 2)},
     "rows_wgrad_kernel": _ROWS,
     "convolve_fwd_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_dgrad_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
@@ -44,27 +44,31 @@ def variants(launch) -> list:
         if launch.kernel.fn.__name__ == "node_fwd_kernel":
             grid = (pieces(launch.arguments["M"], chosen["BLOCK"]),)
             found.append(launch._replace(arguments=launch.arguments | chosen, grid=grid))
-        elif options is not _ROWS:
+        elif "TALL" not in options:
             found.append(launch._replace(arguments=launch.arguments | chosen))
         elif _sensible(launch, **chosen):
             found.append(_reshaped(launch, chosen))
     return found or [launch]
 
 
-def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages) -> bool:
+def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages, ACROSS=1) -> bool:
     """Whether a thread's part of the sums, of what is loaded and of the rows of a warp is one that can be fast."""
     name, given = launch.kernel.fn.__name__, launch.arguments
     wide, threads = max(16, given["P"]), 32 * num_warps
     columns = max(16, given["EDGES"] * given["P"])
     if not 16 <= BLOCK // num_warps <= 64 or given["EDGES"] == 2:  # two edges are between one and four
         return False
+    if num_stages == 1 and (BLOCK, TALL) != (given["BLOCK"], given["TALL"]):  # whether it pays shows at one
+        return False
+    if TALL > given["H"] or ACROSS > 1 and (given["EDGES"] > 1 or given["P"] > 16 or given["W"] % 4):
+        return False
     if name == "rows_wgrad_kernel":
         sums, loaded = 5 * columns * WIDE / threads, TALL * BLOCK * columns / 2 / threads
-        return WIDE <= 4 * wide and 20 <= sums <= 168 and loaded <= 64 and TALL > 2
+        return WIDE <= 4 * wide and 20 <= sums <= 168 and loaded <= 64
     if name == "rows_dgrad_kernel":
-        sums = TALL * BLOCK * given["P"] / threads
-        return WIDE == min(32, columns) and TALL > 2 and 8 <= sums <= 128
-    return WIDE <= wide and 32 <= TALL * BLOCK * given["EDGES"] * given["P"] / threads <= 128
+        sums = TALL * BLOCK * given["P"] * ACROSS / threads
+        return WIDE == min(32, columns) and 8 <= sums <= 128
+    return WIDE <= wide and 32 <= TALL * BLOCK * given["EDGES"] * given["P"] * ACROSS / threads <= 128
 
 
 def _reshaped(launch, options):
@@ -76,9 +80,10 @@ def _reshaped(launch, options):
         grid = wgrad_grid(tiles, grid[1], given["C"], 5, given)
         elements = grid[0] * given["DISTANCE"]
     else:  # a share of three numbers at most, of each instance and channel
-        grid, elements = (tiles, *grid[1:]), launch.tensors["opened_ptr"].numel() * tiles * 3 * given["C"]
+        shares = rows_shares(given["IMAGES"], size, given)
+        grid, elements = (tiles, *grid[1:]), launch.tensors["opened_ptr"].numel() * shares * 3 * given["C"]
         if "SHARES" in given:
-            given["SHARES"] = tiles
+            given["SHARES"] = shares
     partial = torch.empty(elements, device=launch.tensors["x_ptr"].device)
     return launch._replace(grid=grid, arguments=given, tensors=launch.tensors | {"partial_ptr": partial})
 
@@ -95,7 +100,7 @@ def distinct(launches) -> dict[str, list]:
 
 # kernel -> the rule in tuning.py that it has its options from, and that rule's arguments
 RULES = {
-    "rows_fwd_kernel": ("rows_forward", "P", "COLUMNS", "PRECISION", "SIZE"),
+    "rows_fwd_kernel": ("rows_forward", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
     "rows_dgrad_kernel": ("rows_data_gradient", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
     "rows_wgrad_kernel": ("rows_weight_gradient", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
     "convolve_fwd_kernel": ("convolution", "P_IN", "COLUMNS", "W", "PRECISION", "SIZE"),

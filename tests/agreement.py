@@ -32,7 +32,11 @@ def larger_steps(request, monkeypatch):
     if TESTED == "triton" and not request.node.name.startswith("test_stage"):
         from fpdarts.kernels.triton import tuning
 
-        monkeypatch.setattr(tuning, "_rows", lambda *_, **__: {"BLOCK": 32, "TALL": 4, "WIDE": 64, "num_warps": 4})
+        def larger(*_, across=1, **__):
+            options = {"BLOCK": 32, "TALL": 4, "WIDE": 64, "num_warps": 4}
+            return options | ({"ACROSS": across} if across > 1 else {})
+
+        monkeypatch.setattr(tuning, "_rows", larger)
 
 
 TWICE = TESTED != "triton"  # in the interpreter only where a test asks for it: it would take minutes more
@@ -85,18 +89,25 @@ def test_stage(name, c, size, stride):
 @pytest.mark.parametrize("c", [8, 16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_stage_in_the_blocks_of_bfloat16(monkeypatch, c, stride):
+    take_blocks_of_bfloat16(monkeypatch)
+    test_stage("sep_conv_3x3", c, (6, 4), stride)
+
+
+def take_blocks_of_bfloat16(monkeypatch):
     """Blocks as they are launched with tensor cores; computed in float32, as the interpreter can."""
     from fpdarts.kernels.triton import tuning
 
     for name in ("rows_forward", "rows_data_gradient", "rows_weight_gradient"):
         own = getattr(tuning, name)
         monkeypatch.setattr(tuning, name, lambda *given, own=own: own(*given[:-2], "ieee", 2))
-    test_stage("sep_conv_3x3", c, (6, 4), stride)
 
 
-def test_stage_of_a_slice_an_edge():
-    inputs = {"x": torch.randn(2, 12, 5, 6), "depthwise": torch.randn(3, 3, 3, 4), "pointwise": torch.randn(3, 4, 4)}
-    compare(lambda k, t: (kernels.stage(*t.values(), dilation=2, kernels=k),), inputs)
+@pytest.mark.parametrize("size, dilation", [((5, 6), 2), ((3, 8), 1), ((6, 8), 2)])
+def test_stage_of_a_slice_an_edge(monkeypatch, size, dilation):
+    if TESTED == "triton":  # which have outputs side by side where the width lets them
+        take_blocks_of_bfloat16(monkeypatch)
+    inputs = {"x": torch.randn(2, 12, *size), "depthwise": torch.randn(3, 3, 3, 4), "pointwise": torch.randn(3, 4, 4)}
+    compare(lambda k, t: (kernels.stage(*t.values(), dilation=dilation, kernels=k),), inputs)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -224,6 +235,14 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cell(setting):
     cell(**SETTINGS[setting])
+
+
+@triton_only
+@pytest.mark.parametrize("channels, size", [(8, (3, 8)), (16, (6, 4))])
+def test_cell_in_the_blocks_of_bfloat16(monkeypatch, channels, size):
+    """The widths let second stages have outputs side by side."""
+    take_blocks_of_bfloat16(monkeypatch)
+    cell(channels=channels, size=size, gates="both", nodes=1)
 
 
 @triton_only

@@ -11,7 +11,7 @@ from fpdarts.kernels.triton import timed, tuning
 
 from benchmarks import aot, precompile, tune
 
-RULE = "rows_forward", 8, 32, "ieee", 2
+RULE = "rows_forward", 8, 32, 32, "ieee", 2
 
 
 def test_every_launch_of_a_search_has_the_options_of_its_rule():
@@ -29,7 +29,7 @@ def test_what_was_timed_comes_before_the_rule(monkeypatch):
     ruled = tuning.rows_forward(*RULE[1:])
     monkeypatch.setitem(timed.TIMED, RULE, {"TALL": 2, "maxnreg": None})
     assert tuning.rows_forward(*RULE[1:]) == {name: v for name, v in ruled.items() if name != "maxnreg"} | {"TALL": 2}
-    assert tuning.rows_forward(8, 8, "ieee", 2)["TALL"] != 2
+    assert tuning.rows_forward(8, 8, 32, "ieee", 2)["TALL"] != 2
 
 
 def test_the_fastest_is_chosen_for_all_launches_of_a_rule():

@@ -373,7 +373,8 @@ def state_bwd_kernel(
         total = stored.to(tl.float32)
         state = tl.load(state_ptr + tl.multiple_of(tl.load(jobs_ptr + 6), 8) + where, mask=mask, other=0.0)
         leave_sums(
-            partial_ptr, tl.sum(total, 0), tl.sum(total * state.to(tl.float32), 0), tl.program_id(1), c, c < C, C
+            partial_ptr, tl.sum(total, 0), tl.sum(total * state.to(tl.float32), 0), tl.program_id(1), tl.program_id(0),
+            tl.num_programs(0), c, c < C, C,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from .launch import launch, padded, pieces
 from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
 from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd
-from .rows import forward_options, rows_dgrad, rows_fwd, rows_tiles
+from .rows import forward_options, rows_dgrad, rows_fwd, rows_shares
 from .rows_wgrad import rows_wgrad, rows_wgrad_parts
 from .statistics import merge_statistics, moments_kernel
 
@@ -65,7 +65,7 @@ class _Dense(torch.autograd.Function):
         ctx.shape = {"n": n, "size": tuple(size), "c": c}
         ctx.any_shape = {"out_size": tuple(out.shape[2:]), "stride": stride, "c_in": c_in}
         m = n * out.shape[2] * out.shape[3]
-        shares = rows_tiles(n, size, forward_options(c, step, x.dtype)) if ctx.square else tuning.tiles(m)
+        shares = rows_shares(n, size, forward_options(c, step, size[1], x.dtype)) if ctx.square else tuning.tiles(m)
         partial = torch.empty(edges * shares * 3 * c, device=x.device)  # statistics, which only a cell reads
         common = {
             "x_row": x_row, "out_row": edges * c, "edge": c, "shares": shares, "edges": step,

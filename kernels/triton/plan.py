@@ -10,7 +10,7 @@ from .convolution import wgrad_parts
 from .launch import dot_options, padded
 from .layout import Layout
 from .pools import AVERAGE, BYPASS, MAXIMUM, pool_tiles
-from .rows import data_gradient_options, forward_options, rows_tiles
+from .rows import data_gradient_options, forward_options, rows_shares
 from .rows_wgrad import rows_wgrad_parts
 
 ALWAYS, NEVER = -2, -1  # in the table of what opens a row of the statistics
@@ -27,10 +27,10 @@ class Plan(Layout):
     def shares(self) -> int:
         """The most tiles that a map is cut into, which leave shares of its statistics or of sums."""
         edges = {1, *(padded(len(rows)) for rows in self.spec.rows_by_source)}
-        options = [forward_options(self.c, count, self.dtype) for count in edges]
+        options = [forward_options(self.c, count, self.outer[1], self.dtype) for count in edges]
         options.append(data_gradient_options(self.c, 1, self.outer[1], self.dtype))
         pooled = pool_tiles(self.n, self.outer, self.c, self.dtype)
-        return max(tuning.tiles(max(self.m, self.m_in)), pooled, *(rows_tiles(self.n, self.outer, o) for o in options))
+        return max(tuning.tiles(max(self.m, self.m_in)), pooled, *(rows_shares(self.n, self.outer, o) for o in options))
 
     # --- Tables ---
 

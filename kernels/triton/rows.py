@@ -5,6 +5,10 @@ Here a program has outputs in TALL rows, one under the other, of BLOCK columns (
 for each column of taps loads the rows that any of its outputs needs: of a 5x5 convolution 8 for 4 rows of outputs in
 place of 20. Where an element lies is counted once a column of taps; a row is a distance from there.
 
+Of few channels a column is ACROSS outputs wide: what their taps see, of all channels, is a row of the matrix product,
+and the weights of each output stand in columns of their own, among zeros. Of a 5x5 convolution with two outputs that is
+6 loads in place of 10; the zeros stand where blocks of a power of two had idle lanes.
+
 In bfloat16 the loops over columns of taps are pipelined (num_stages): Triton then copies the rows of the next columns
 to shared memory, all at a time, while these are multiplied. Without that it stores each row there, for the matrix unit,
 before it loads the next: a program would wait for every row, one after the other.
@@ -25,11 +29,22 @@ from .statistics import leave_statistics, leave_sums
 
 
 @triton.jit
-def place_of(tile, IMAGES, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr):
-    """Of a tile: its first row, and the image, x and whether there is one, of its columns."""
+def place_of(
+    tile, IMAGES, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, ACROSS: tl.constexpr = 1
+):  # fmt: skip
+    """Of a tile: its first row, and of its columns the image, which column of it each is (see first_of), and whether
+    there is one."""
     blocks: tl.constexpr = (H + TALL - 1) // TALL
+    columns: tl.constexpr = W // ACROSS
     i = tile // blocks * BLOCK + tl.arange(0, BLOCK)
-    return tile % blocks * TALL, i // W, i % W, i < IMAGES * W
+    return tile % blocks * TALL, i // columns, i % columns, i < IMAGES * columns
+
+
+@triton.jit
+def first_of(column, step, ACROSS: tl.constexpr):
+    """x of the first of a column's ACROSS outputs, which lie a step of 1 or 2 apart."""
+    odd = column & (step - 1)
+    return (column - odd) * ACROSS + odd
 
 
 @triton.jit
@@ -77,19 +92,22 @@ def _products(
 
 @triton.jit
 def _forward(
-    totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, nothing_ptr, weight_edge, opened, y, n, x, inside,
+    totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, nothing_ptr, weight_edge, opened, y, n, column, inside,
     H: tl.constexpr, W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, C: tl.constexpr,
     EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    ACROSS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
-    column = tl.arange(0, EDGES * P)
-    e, co = column // P, column % P
+    SEEN: tl.constexpr = SIDE + ACROSS - 1  # pixels of a row that outputs side by side read
+    e, across, co = _edge_and_output(EDGES, ACROSS, P)
     kept = (((opened >> e) & 1) != 0) & (co < C)
+    x = first_of(column, DILATION, ACROSS)
     base = ((n * H + y - PAD) * W + x) * X_ROW
-    for chunk in range(0, (SIDE * P + WIDE - 1) // WIDE):
-        kx, ci = tap_and_channel(chunk, P, WIDE)
-        dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
+    for chunk in range(0, (SEEN * P + WIDE - 1) // WIDE):
+        seen, ci = tap_and_channel(chunk, P, WIDE)
+        dx, fits = seen * DILATION - PAD, (seen < SEEN) & (ci < C)
+        kx = seen[:, None] - across[None, :]
+        used = fits[:, None] & kept[None, :] & (kx >= 0) & (kx < SIDE)
         mask = inside[:, None] & fits[None, :] & has_pixel(x[:, None] + dx[None, :], W)
         mean, inverse = 0.0, 1.0
         if NORMALIZE:
@@ -97,14 +115,21 @@ def _forward(
             inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)[None, :]
         weights = ()
         for ky in tl.static_range(SIDE):
-            where = (((ky * SIDE + kx) * C + ci) * C)[:, None] + (e * weight_edge + co)[None, :]
-            loaded = tl.load(weight_ptr + where, mask=fits[:, None] & kept[None, :], other=0.0)
+            where = (ky * SIDE + kx) * (C * C) + (ci * C)[:, None] + (e * weight_edge + co)[None, :]
+            loaded = tl.load(weight_ptr + where, mask=used, other=0.0)
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
             totals, weights, x_ptr + base[:, None] + (dx * X_ROW + ci)[None, :], nothing_ptr + ci[None, :], mask,
             y - PAD, mean, inverse, H, W * X_ROW, SIDE, DILATION, TALL, True, NORMALIZE, PRECISION, DTYPE,
         )  # fmt: skip
     return totals
+
+
+@triton.jit
+def _edge_and_output(EDGES: tl.constexpr, ACROSS: tl.constexpr, P: tl.constexpr):
+    """Of the columns of sums: edge, which of the outputs side by side, and channel."""
+    i = tl.arange(0, EDGES * ACROSS * P)
+    return i // (ACROSS * P), i // P % ACROSS, i % P
 
 
 @triton.jit
@@ -118,10 +143,10 @@ def rows_fwd_kernel(
     x_ptr, weight_ptr, out_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, opened_ptr, jobs_ptr, IMAGES,
     H: tl.constexpr, W: tl.constexpr, EDGE, SHARES, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, C: tl.constexpr,
     EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, ACROSS: tl.constexpr = 1,
 ):  # fmt: skip
-    """As convolve_fwd_kernel, but the last number of a job is the statistics row of x, of a second stage. nothing: see
-    load_row."""
+    """As convolve_fwd_kernel, but the last number of a job is the statistics row of x, of a second stage, and a tile
+    leaves a share of statistics for each of ACROSS outputs. nothing: see load_row."""
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 12
     side, dilation = tl.load(jobs_ptr + 4).to(tl.int32), tl.load(jobs_ptr + 5).to(tl.int32)
     first, edges = tl.load(jobs_ptr + 8).to(tl.int32), tl.load(jobs_ptr + 10).to(tl.int32)
@@ -135,31 +160,33 @@ def rows_fwd_kernel(
     row = tl.load(jobs_ptr + 11).to(tl.int32)
     mean_ptr, inverse_ptr = mean_ptr + row * C, inverse_ptr + row * C
 
-    y, n, x, inside = place_of(tile, IMAGES, H, W, BLOCK, TALL)
-    totals = zero_totals(BLOCK, EDGES * P, TALL)
+    y, n, column, inside = place_of(tile, IMAGES, H, W, BLOCK, TALL, ACROSS)
+    totals = zero_totals(BLOCK, EDGES * ACROSS * P, TALL)
     for kind in tl.static_range(4):
         if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
             totals = _forward(
-                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, nothing_ptr, weight_edge, opened, y, n, x, inside, H,
-                W, 3 + kind // 2 * 2, 1 + kind % 2, X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, PRECISION, DTYPE,
+                totals, x_ptr, weight_ptr, mean_ptr, inverse_ptr, nothing_ptr, weight_edge, opened, y, n, column,
+                inside, H, W, 3 + kind // 2 * 2, 1 + kind % 2, X_ROW, C, EDGES, NORMALIZE, P, TALL, WIDE, ACROSS,
+                PRECISION, DTYPE,
             )  # fmt: skip
 
-    column = tl.arange(0, EDGES * P)
-    e, co = column // P, column % P
+    e, across, co = _edge_and_output(EDGES, ACROSS, P)
     kept = (((opened >> e) & 1) != 0) & (co < C)
-    where = e.to(tl.int64)[None, :] * EDGE + ((n * H + y) * W + x).to(tl.int64)[:, None] * OUT_ROW + co[None, :]
-    sums = tl.zeros([BLOCK, EDGES * P], tl.float32)
+    place = ((n * H + y) * W + first_of(column, dilation, ACROSS)).to(tl.int64)
+    where = place[:, None] * OUT_ROW + (e.to(tl.int64) * EDGE + across * dilation * OUT_ROW + co)[None, :]
+    sums = tl.zeros([BLOCK, EDGES * ACROSS * P], tl.float32)
     for r in tl.static_range(TALL):
         stored = totals[r].to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + where + r * W * OUT_ROW, stored, mask=both(inside, y + r < H)[:, None] & kept[None, :])
         # of what was stored, rounding included
         sums += tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0)
-    sums, squares = tl.sum(sums, 0), tl.zeros([BLOCK, EDGES * P], tl.float32)
+    sums, squares = tl.sum(sums, 0), tl.zeros([BLOCK, EDGES * ACROSS * P], tl.float32)
     count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(H - y, TALL)).to(tl.float32)
     for r in tl.static_range(TALL):
         away = totals[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (sums / count)[None, :]
         squares += tl.where((inside & (y + r < H))[:, None], away * away, 0.0)
-    leave_statistics(partial_ptr, tile, count, sums, tl.sum(squares, 0), first + e, co, kept, SHARES, C)
+    share = tile * ACROSS + across
+    leave_statistics(partial_ptr, share, count, sums, tl.sum(squares, 0), first + e, co, kept, SHARES, C)
 
 
 @triton.jit
@@ -182,29 +209,38 @@ def _taps(parity, taps, side, dilation, STRIDE: tl.constexpr):
 
 @triton.jit
 def _backward(
-    totals, d_ptr, weight_ptr, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count, x_last, x_step,
-    x_low, side, OH: tl.constexpr, OW: tl.constexpr, COUNT: tl.constexpr, DILATION: tl.constexpr, D_ROW: tl.constexpr,
-    C: tl.constexpr, EDGES: tl.constexpr, P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    totals, d_ptr, weight_ptr, weight_edge, EDGE, opened, y, n, x, inside, across, ci, last, step, low, x_count, x_last,
+    x_step, x_low, side, OH: tl.constexpr, OW: tl.constexpr, COUNT: tl.constexpr, DILATION: tl.constexpr,
+    D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, P: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    ACROSS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What is convolved lies mirrored: an input's gradient comes from the outputs that it is a tap of. See _taps."""
+    """What is convolved lies mirrored: an input's gradient comes from the outputs that it is a tap of. See _taps. Of
+    inputs side by side all pixels between their first and last taps are read, with dilation too: they are next to each
+    other for all segments."""
+    STEP: tl.constexpr = DILATION if ACROSS == 1 else 1
     base = ((n * OH + y + low) * OW + x) * D_ROW
-    for chunk in range(0, tl.cdiv(x_count * EDGES * P, WIDE)):
-        tap, column = tap_and_channel(chunk, EDGES * P, WIDE)
-        dx = x_low + tap * DILATION
+    pixels = x_count if ACROSS == 1 else DILATION * (x_count - 1) + ACROSS
+    for chunk in range(0, tl.cdiv(pixels * EDGES * P, WIDE)):
+        seen, column = tap_and_channel(chunk, EDGES * P, WIDE)
+        dx = x_low + seen * STEP
         if EDGES == 1:  # said apart: behind a division by the width the compiler sees no run of channels
             co, inner, weight_inner = column, column, column
-            fits = (tap < x_count) & (co < C)
+            fits = (seen < pixels) & (co < C)
         else:
             e, co = column // P, column % P
             inner, weight_inner = e.to(tl.int64) * EDGE + co, e * weight_edge + co
-            fits = (tap < x_count) & (((opened >> e) & 1) != 0) & (co < C)
+            fits = (seen < pixels) & (((opened >> e) & 1) != 0) & (co < C)
         mask = inside[:, None] & fits[None, :] & has_pixel(x[:, None] + dx[None, :], OW)
+        tap, used = seen[:, None], fits[:, None] & (ci < C)[None, :]
+        if ACROSS > 1:
+            first = tap - across[None, :]
+            tap = first // DILATION
+            used = used & (first >= 0) & (first % DILATION == 0) & (tap < x_count)
         weights = ()
         for ky in tl.static_range(COUNT):
             place = (last - ky * step) * side + x_last - tap * x_step
-            where = (weight_inner + place * (C * C))[:, None] + (ci * C)[None, :]
-            loaded = tl.load(weight_ptr + where, mask=fits[:, None] & (ci < C)[None, :], other=0.0)
+            where = weight_inner[:, None] + place * (C * C) + (ci * C)[None, :]
+            loaded = tl.load(weight_ptr + where, mask=used, other=0.0)
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
             totals, weights, d_ptr + base[:, None] + (dx * D_ROW + inner)[None, :], None, mask, y + low, 0.0, 1.0, OH,
@@ -219,7 +255,7 @@ def rows_dgrad_kernel(
     H: tl.constexpr, W: tl.constexpr, EDGE, STRIDE: tl.constexpr, X_ROW: tl.constexpr, DX_ROW: tl.constexpr,
     D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr,
     BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, ACROSS: tl.constexpr = 1,
 ):  # fmt: skip
     """As convolve_dgrad_kernel. Grid (tiles, jobs, blocks of channels, with STRIDE 2 of each of four parities): inputs
     that lie at even or odd y and x are each a map of the outputs' size, of fewer taps of stride 1. With NORMALIZE, x is
@@ -230,12 +266,14 @@ def rows_dgrad_kernel(
     DILATIONS: tl.constexpr = (1, 2, 1, 2) if STRIDE == 1 else (1, 1, 1, 1)
     tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 6
     start, count = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 3).to(tl.int32)
-    y, n, x, inside = place_of(tile, IMAGES, OH, OW, BLOCK, TALL)
+    y, n, column, inside = place_of(tile, IMAGES, OH, OW, BLOCK, TALL, ACROSS)
+    x = first_of(column, 1, ACROSS)
     y_parity, x_parity = 0, 0
     if STRIDE == 2:
         y_parity, x_parity = tl.program_id(2) // 2 % 2, tl.program_id(2) % 2
-    ci = tl.program_id(2) // (STRIDE * STRIDE) * COLUMNS + tl.arange(0, COLUMNS)
-    totals = zero_totals(BLOCK, COLUMNS, TALL)
+    i = tl.arange(0, ACROSS * COLUMNS)
+    across, ci = i // COLUMNS, tl.program_id(2) // (STRIDE * STRIDE) * COLUMNS + i % COLUMNS
+    totals = zero_totals(BLOCK, ACROSS * COLUMNS, TALL)
     any_open = 0
     for s in range(start, start + count):
         segment = segments_ptr + s * 10
@@ -256,25 +294,27 @@ def rows_dgrad_kernel(
             for kind in tl.static_range(4):
                 if (y_count == COUNTS[kind]) & (dilation == DILATIONS[kind]):
                     totals = _backward(
-                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, ci, last, step, low, x_count,
-                        x_last, x_step, x_low, side, OH, OW, COUNTS[kind], DILATIONS[kind], D_ROW, C, EDGES, P, TALL,
-                        WIDE, PRECISION, DTYPE,
+                        totals, d, weight, weight_edge, EDGE, opened, y, n, x, inside, across, ci, last, step, low,
+                        x_count, x_last, x_step, x_low, side, OH, OW, COUNTS[kind], DILATIONS[kind], D_ROW, C, EDGES, P,
+                        TALL, WIDE, ACROSS, PRECISION, DTYPE,
                     )  # fmt: skip
 
     if NORMALIZE:
         if any_open == 0:
             return  # and nobody asks for dx
-    y, x = y * STRIDE + y_parity, x * STRIDE + x_parity
-    place, inside = ((n * H + y) * W + x).to(tl.int64)[:, None], inside & (x < W)
+    y, x = y * STRIDE + y_parity, x[:, None] * STRIDE + (x_parity + across * STRIDE)[None, :]
+    place, inside = ((n * H + y) * W).to(tl.int64)[:, None] + x, inside[:, None] & (x < W)
     x_ptr += tl.multiple_of(tl.load(jobs_ptr), 8)
     dx_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     if NORMALIZE:
         row = tl.load(jobs_ptr + 4).to(tl.int32)
         mean = tl.load(mean_ptr + row * C + ci, mask=ci < C, other=0.0)
         inverse = tl.load(inverse_ptr + row * C + ci, mask=ci < C, other=1.0)
-    sum_d, sum_dx = tl.zeros([BLOCK, COLUMNS], tl.float32), tl.zeros([BLOCK, COLUMNS], tl.float32)
+    sum_d, sum_dx = (
+        tl.zeros([BLOCK, ACROSS * COLUMNS], tl.float32), tl.zeros([BLOCK, ACROSS * COLUMNS], tl.float32)
+    )  # fmt: skip
     for r in tl.static_range(TALL):
-        mask = both(inside, y + r * STRIDE < H)[:, None] & (ci < C)[None, :]
+        mask = both(inside, y + r * STRIDE < H) & (ci < C)[None, :]
         value = tl.load(x_ptr + (place + r * STRIDE * W) * X_ROW + ci[None, :], mask=mask, other=0.0).to(tl.float32)
         if NORMALIZE:
             value = value * inverse[None, :] - (mean * inverse)[None, :]
@@ -286,16 +326,22 @@ def rows_dgrad_kernel(
             sum_dx += out * value
     if NORMALIZE:
         sum_d, sum_dx = tl.sum(sum_d, 0), tl.sum(sum_dx, 0)
-        leave_sums(partial_ptr, sum_d, sum_dx, tl.program_id(1), ci, ci < C, C)
+        shares = tl.num_programs(0) * ACROSS
+        leave_sums(partial_ptr, sum_d, sum_dx, tl.program_id(1), tile * ACROSS + across, shares, ci, ci < C, C)
 
 
 def rows_tiles(n: int, size: tuple[int, int], options: dict) -> int:
-    return pieces(n * size[1], options["BLOCK"]) * pieces(size[0], options["TALL"])
+    return pieces(n * size[1] // options.get("ACROSS", 1), options["BLOCK"]) * pieces(size[0], options["TALL"])
 
 
-def forward_options(c: int, edges: int, dtype: torch.dtype) -> dict:
-    options = dot_options(dtype)
-    return options | tuning.rows_forward(padded(c), padded(edges) * padded(c), options["PRECISION"], dtype.itemsize)
+def rows_shares(n: int, size: tuple[int, int], options: dict) -> int:
+    """How many shares of statistics or of sums the tiles leave."""
+    return rows_tiles(n, size, options) * options.get("ACROSS", 1)
+
+
+def forward_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
+    options, columns = dot_options(dtype), padded(edges) * padded(c)
+    return options | tuning.rows_forward(padded(c), columns, width, options["PRECISION"], dtype.itemsize)
 
 
 def rows_fwd(
@@ -305,18 +351,17 @@ def rows_fwd(
 ) -> int:  # fmt: skip
     """As convolve_fwd. normalizing: mean_ptr and inverse_ptr, by a row of which x is normalized, and nothing_ptr,
     to -inf, of x's dtype, as often as a slice has channels, padded."""
-    options = forward_options(c, edges, out.dtype)
-    count = rows_tiles(n, size, options)
+    options = forward_options(c, edges, size[1], out.dtype)
     tensors = {
         "x_ptr": x, "weight_ptr": weight, "out_ptr": out, "partial_ptr": partial, **normalizing, "opened_ptr": opened,
         "jobs_ptr": jobs,
     }  # fmt: skip
     launch(
-        rows_fwd_kernel, (count, len(jobs)), tensors, moved, IMAGES=n, H=size[0], W=size[1], EDGE=edge, SHARES=shares,
-        X_ROW=x_row, OUT_ROW=out_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, P=padded(c),
-        DTYPE=TRITON_DTYPE[out.dtype], **options,
+        rows_fwd_kernel, (rows_tiles(n, size, options), len(jobs)), tensors, moved, IMAGES=n, H=size[0], W=size[1],
+        EDGE=edge, SHARES=shares, X_ROW=x_row, OUT_ROW=out_row, C=c, EDGES=padded(edges), NORMALIZE=normalize,
+        P=padded(c), DTYPE=TRITON_DTYPE[out.dtype], **options,
     )  # fmt: skip
-    return count
+    return rows_shares(n, size, options)
 
 
 def data_gradient_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
@@ -334,16 +379,16 @@ def rows_dgrad(
     if not normalize:  # one alone would be a kernel of its own, and spill; of fewer than 16 columns loads are narrow
         edges = max(edges, 2, 16 // padded(c))
     options = data_gradient_options(c, edges, size[1], dx.dtype)
-    count = rows_tiles(n, tuple(pieces(side, stride) for side in size), options)
+    out_size = tuple(pieces(side, stride) for side in size)
     tensors = {
         "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial,
         "mean_ptr": normalizing["mean_ptr"], "inverse_ptr": normalizing["inverse_ptr"], "opened_ptr": opened,
         "jobs_ptr": jobs, "segments_ptr": segments,
     }  # fmt: skip
-    grid = count, len(jobs), stride * stride * pieces(c, options["COLUMNS"])
+    grid = rows_tiles(n, out_size, options), len(jobs), stride * stride * pieces(c, options["COLUMNS"])
     launch(
         rows_dgrad_kernel, grid, tensors, moved, IMAGES=n, H=size[0], W=size[1], EDGE=edge, STRIDE=stride, X_ROW=x_row,
         DX_ROW=dx_row, D_ROW=d_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, P=padded(c),
         DTYPE=TRITON_DTYPE[dx.dtype], **options,
     )  # fmt: skip
-    return count
+    return rows_shares(n, out_size, options)

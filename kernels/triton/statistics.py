@@ -211,9 +211,10 @@ def merge_statistics(
 
 
 @triton.jit
-def leave_sums(partial_ptr, a, b, job, c, mask, C: tl.constexpr):
-    """Leaves a tile's share of two sums over a job's rows in partial[job, tile]. merge_sums is to follow."""
-    partial_ptr += (job.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (2 * C) + c
+def leave_sums(partial_ptr, a, b, job, share, shares, c, mask, C: tl.constexpr):
+    """Leaves a share of two sums over a job's rows in partial[job, share], of so many a job. merge_sums is to
+    follow."""
+    partial_ptr += (job.to(tl.int64) * shares + share) * (2 * C) + c
     tl.store(partial_ptr, a, mask=mask)
     tl.store(partial_ptr + C, b, mask=mask)
 

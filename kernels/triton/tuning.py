@@ -123,14 +123,22 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 # said where the compiler chooses fewer than it needs.
 
 
-def _rows(block: int, tall: int, wide: int, warps: int, registers: int | None = None, stages: int = 2) -> dict:
+def _rows(
+    block: int, tall: int, wide: int, warps: int, registers: int | None = None, stages: int = 2, across: int = 1
+) -> dict:  # fmt: skip
     options = {"BLOCK": block, "TALL": tall, "WIDE": wide, "num_warps": warps, "num_stages": stages}
+    options |= {"ACROSS": across} if across > 1 else {}
     return options | ({} if registers is None else {"maxnreg": registers})
 
 
+def _across(width: int) -> int:
+    """Two outputs side by side, where pairs of such pairs fill a map's width (see rows.first_of)."""
+    return 2 if width % 4 == 0 else 1
+
+
 @timed
-def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
-    """wide: channels of a slice, columns: of all edges of a job; powers of two."""
+def rows_forward(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
+    """wide: channels of a slice, columns: of all edges of a job; powers of two. width: of the map."""
     if size == 4 and precision == "ieee":
         return _rows(32, 2 if wide < columns <= 32 else 1, 16, 4 if columns < 128 else 8, stages=1)
     if size == 4:
@@ -139,11 +147,13 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
         tall = 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1
         return _rows(32, tall, 16, 4 if columns < 128 else 8, 255, stages=1)
     if columns <= 8:
-        return _rows(16, 8, 16, 1)
+        return _rows(32, 8, 16, 2, across=_across(width))
+    if wide <= 8 and columns <= 32:
+        return _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
-        return _rows(32, 8 if columns == wide else 4, 16, 2, 128 if (wide, columns) == (8, 16) else None)
+        return _rows(32, 16 if width % 16 == 0 else 8, 16, 2) if columns == wide else _rows(32, 4, 16, 2)
     if columns == 32:
-        return _rows(64, 4, 16, 4)
+        return _rows(32, 8, 16, 2) if width % 8 == 0 and columns == wide else _rows(64, 4, 16, 4)
     if columns == 64:
         return _rows(64, 4, 16, 4) if wide == 16 else _rows(32, 2, 32, 4)
     return _rows(64, 2, 16, 4) if columns == 128 else _rows(32, 1, 32, 8)
@@ -151,8 +161,7 @@ def rows_forward(wide: int, columns: int, precision: str, size: int) -> dict:
 
 @timed
 def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size: int) -> dict:
-    """summed: channels that a product sums over, of all edges of a segment. width: of the map; with it changes what the
-    compiler makes of the same number of registers."""
+    """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
         return columns | _rows(32, 2 if wide == 32 else 1, 16, 4, stages=1)
@@ -160,9 +169,9 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
         return columns | (_rows(64, 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
     if wide >= 32:
         return columns | (_rows(64, 4, 16, 4, 208) if wide == 32 else _rows(64, 4, 32, 8))
-    if summed <= 8:
-        return columns | _rows(8 * wide, 4, 16, 2)
-    return columns | _rows(32, 8, min(32, summed), 2, 224 if wide == summed == 16 else None)
+    if summed == wide:
+        return columns | _rows(64, 8, 16, 4, across=_across(width))
+    return columns | _rows(32, 16 if wide <= 8 and width % 16 == 0 else 8, min(32, summed), 2)
 
 
 @timed
@@ -179,7 +188,7 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(16, 4, 32, 2)
     if columns <= 16:
         return _rows(16, 8, 16 if wide < 8 else 32, 2 if wide == 16 else 1)
-    return _rows(16, 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
+    return _rows(16, 16 if width % 16 == 0 else 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
