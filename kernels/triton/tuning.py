@@ -116,9 +116,9 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
     }  # fmt: skip
 
 
-# --- Of the kernels of rows.py: BLOCK columns and TALL rows of a map, WIDE elements of a pixel at a time. Chosen by
-# what the compiler made of them: instructions and passes through the first-level cache for each product, warps that
-# fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied, all at a
+# --- Of the kernels of rows.py: BLOCK columns of ACROSS pixels and TALL rows of a map, WIDE elements of what is summed at
+# a time. Chosen by what the compiler made of them: instructions and passes through the first-level cache, eight warps
+# that fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied, all at a
 # time; with one, as mostly in float32, where two spill, each waits for the one before it. The number of registers is
 # said where the compiler chooses fewer than it needs.
 
@@ -170,7 +170,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     if wide >= 32:
         return columns | (_rows(64, 4, 16, 4, 208) if wide == 32 else _rows(64, 4, 32, 8))
     if summed == wide:
-        return columns | _rows(64, 8, 16, 4, across=_across(width))
+        return columns | _rows(64, 8, 16, 4, 208, across=_across(width) if wide <= 8 else 1)
     return columns | _rows(32, 16 if wide <= 8 and width % 16 == 0 else 8, min(32, summed), 2)
 
 
