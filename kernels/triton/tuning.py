@@ -147,7 +147,7 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
         tall = 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1
         return _rows(32, tall, 16, 4 if columns < 128 else 8, 255, stages=1)
     if columns <= 8:
-        return _rows(32, 8, 16, 2, across=_across(width))
+        return _rows(32, 8, 16, 2, 168 if wide < 8 else None, across=_across(width))
     if wide <= 8 and columns <= 32:
         return _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
