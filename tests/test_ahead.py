@@ -33,7 +33,7 @@ def configurations(launches):
         (
             launch.kernel.fn.__name__,
             tuple((name, tensor.dtype) for name, tensor in launch.tensors.items()),
-            tuple((p.name, launch.arguments[p.name]) for p in launch.kernel.params if p.is_constexpr),
+            tuple((p.name, launch.arguments.get(p.name)) for p in launch.kernel.params if p.is_constexpr),
             tuple((name, launch.arguments.get(name)) for name in ("num_warps", "num_stages", "maxnreg")),
         )
         for launch in launches
