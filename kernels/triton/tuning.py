@@ -116,11 +116,11 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
     }  # fmt: skip
 
 
-# --- Of the kernels of rows.py: BLOCK columns of ACROSS pixels and TALL rows of a map, WIDE elements of what is summed at
-# a time. Chosen by what the compiler made of them: instructions and passes through the first-level cache, eight warps
-# that fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied, all at a
-# time; with one, as mostly in float32, where two spill, each waits for the one before it. The number of registers is
-# said where the compiler chooses fewer than it needs.
+# --- Of the kernels of rows.py: BLOCK columns of ACROSS pixels and TALL rows of a map, WIDE elements of what is summed
+# at a time. Chosen by what the compiler made of them: instructions and passes through the first-level cache, eight
+# warps that fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied,
+# all at a time; with one, as mostly in float32, where two spill, each waits for the one before it. The number of
+# registers is said where the compiler chooses fewer than it needs.
 
 
 def _rows(
