@@ -21,6 +21,8 @@ def test_every_launch_of_a_search_has_the_options_of_its_rule():
         rule, *arguments = tune.rule_of(launch)
         options = getattr(tuning, rule)(*arguments)
         assert options and options.items() <= launch.arguments.items(), (launch.kernel.fn.__name__, rule, arguments)
+        known = {parameter.name for parameter in launch.kernel.params} | {"num_warps", "num_stages", "maxnreg"}
+        assert launch.arguments.keys() <= known, "the interpreter ignores what a GPU refuses"
         kernels.add(launch.kernel.fn.__name__)
     assert kernels == set(tune.CANDIDATES)
 
