@@ -175,7 +175,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
         return columns | _rows(8 * wide, 4, 16, 2)
     if summed == wide:
         return columns | _rows(64, 8, 16, 4, 208)
-    return columns | _rows(32, 16 if wide <= 8 and width % 16 == 0 else 8, min(32, summed), 2)
+    return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 else 8, min(32, summed), 2)
 
 
 @timed
@@ -192,7 +192,7 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(16, 4, 32, 2)
     if columns <= 16:
         return _rows(16, 8, 16 if wide < 8 else 32, 2 if wide == 16 else 1)
-    return _rows(16, 16 if width % 16 == 0 else 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
+    return _rows(16, 16 if width % 32 == 0 else 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
