@@ -43,6 +43,8 @@ def place_of(
 @triton.jit
 def first_of(column, step, ACROSS: tl.constexpr):
     """x of the first of a column's ACROSS outputs, which lie a step of 1 or 2 apart."""
+    if ACROSS == 1:
+        return column
     odd = column & (step - 1)
     return (column - odd) * ACROSS + odd
 
@@ -106,8 +108,10 @@ def _forward(
     for chunk in range(0, (SEEN * P + WIDE - 1) // WIDE):
         seen, ci = tap_and_channel(chunk, P, WIDE)
         dx, fits = seen * DILATION - PAD, (seen < SEEN) & (ci < C)
-        kx = seen[:, None] - across[None, :]
-        used = fits[:, None] & kept[None, :] & (kx >= 0) & (kx < SIDE)
+        kx, used = seen[:, None], fits[:, None] & kept[None, :]
+        if ACROSS > 1:
+            kx -= across[None, :]
+            used = used & (kx >= 0) & (kx < SIDE)
         mask = inside[:, None] & fits[None, :] & has_pixel(x[:, None] + dx[None, :], W)
         mean, inverse = 0.0, 1.0
         if NORMALIZE:
@@ -115,7 +119,7 @@ def _forward(
             inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)[None, :]
         weights = ()
         for ky in tl.static_range(SIDE):
-            where = (ky * SIDE + kx) * (C * C) + (ci * C)[:, None] + (e * weight_edge + co)[None, :]
+            where = ((ky * SIDE + kx) * C + ci[:, None]) * C + (e * weight_edge + co)[None, :]
             loaded = tl.load(weight_ptr + where, mask=used, other=0.0)
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
@@ -173,7 +177,10 @@ def rows_fwd_kernel(
     e, across, co = _edge_and_output(EDGES, ACROSS, P)
     kept = (((opened >> e) & 1) != 0) & (co < C)
     place = ((n * H + y) * W + first_of(column, dilation, ACROSS)).to(tl.int64)
-    where = place[:, None] * OUT_ROW + (e.to(tl.int64) * EDGE + across * dilation * OUT_ROW + co)[None, :]
+    inner, share = co, tile
+    if ACROSS > 1:
+        inner, share = co + across * dilation * OUT_ROW, tile * ACROSS + across
+    where = e.to(tl.int64)[None, :] * EDGE + place[:, None] * OUT_ROW + inner[None, :]
     sums = tl.zeros([BLOCK, EDGES * ACROSS * P], tl.float32)
     for r in tl.static_range(TALL):
         stored = totals[r].to(out_ptr.dtype.element_ty)
@@ -185,7 +192,6 @@ def rows_fwd_kernel(
     for r in tl.static_range(TALL):
         away = totals[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (sums / count)[None, :]
         squares += tl.where((inside & (y + r < H))[:, None], away * away, 0.0)
-    share = tile * ACROSS + across
     leave_statistics(partial_ptr, share, count, sums, tl.sum(squares, 0), first + e, co, kept, SHARES, C)
 
 
