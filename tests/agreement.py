@@ -102,11 +102,15 @@ def take_blocks_of_bfloat16(monkeypatch):
         monkeypatch.setattr(tuning, name, lambda *given, own=own: own(*given[:-2], "ieee", 2))
 
 
-@pytest.mark.parametrize("size, dilation", [((5, 6), 2), ((3, 8), 1), ((6, 8), 2)])
-def test_stage_of_a_slice_an_edge(monkeypatch, size, dilation):
-    if TESTED == "triton":  # which have outputs side by side where the width lets them
+@pytest.mark.parametrize("c, size, dilation", [(4, (5, 6), 2), (8, (3, 8), 1), (8, (6, 8), 2)])
+def test_stage_of_a_slice_an_edge(monkeypatch, c, size, dilation):
+    if TESTED == "triton":  # of 8 channels these have outputs side by side where the width lets them
         take_blocks_of_bfloat16(monkeypatch)
-    inputs = {"x": torch.randn(2, 12, *size), "depthwise": torch.randn(3, 3, 3, 4), "pointwise": torch.randn(3, 4, 4)}
+    inputs = {
+        "x": torch.randn(2, 3 * c, *size),
+        "depthwise": torch.randn(3, 3, 3, c),
+        "pointwise": torch.randn(3, c, c),
+    }
     compare(lambda k, t: (kernels.stage(*t.values(), dilation=dilation, kernels=k),), inputs)
 
 
@@ -238,7 +242,7 @@ def test_cell(setting):
 
 
 @triton_only
-@pytest.mark.parametrize("channels, size", [(8, (3, 8)), (16, (6, 4))])
+@pytest.mark.parametrize("channels, size", [(16, (3, 8)), (16, (6, 4))])
 def test_cell_in_the_blocks_of_bfloat16(monkeypatch, channels, size):
     """The widths let second stages have outputs side by side."""
     take_blocks_of_bfloat16(monkeypatch)
