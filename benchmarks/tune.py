@@ -15,6 +15,7 @@ from fpdarts.kernels.triton import timed
 from fpdarts.kernels.triton.launch import padded, pieces
 from fpdarts.kernels.triton.rows import rows_shares, rows_tiles
 from fpdarts.kernels.triton.rows_wgrad import wgrad_grid
+from fpdarts.kernels.triton.tuning import in_pairs
 
 from benchmarks import aot
 
@@ -60,7 +61,7 @@ def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages, ACROSS=1) -> boo
         return False
     if num_stages == 1 and (BLOCK, TALL) != (given["BLOCK"], given["TALL"]):  # whether it pays shows at one
         return False
-    if TALL > given["H"] or ACROSS > 1 and (given["EDGES"] > 1 or given["P"] > 8 or given["W"] % 4):
+    if TALL > given["H"] or ACROSS > 1 and (given["EDGES"] > 1 or given["P"] > 8 or not in_pairs(given["W"])):
         return False
     if name == "rows_wgrad_kernel":
         sums, loaded = 5 * columns * WIDE / threads, TALL * BLOCK * columns / 2 / threads

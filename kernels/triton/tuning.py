@@ -131,7 +131,7 @@ def _rows(
     return options | ({} if registers is None else {"maxnreg": registers})
 
 
-def _in_pairs(width: int) -> bool:
+def in_pairs(width: int) -> bool:
     """Whether outputs can stand side by side: pairs of pairs are to fill a map's width, see rows.first_of."""
     return width % 4 == 0
 
@@ -147,7 +147,7 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
         tall = 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1
         return _rows(32, tall, 16, 4 if columns < 128 else 8, 255, stages=1)
     if columns <= 8:
-        return _rows(32, 8, 16, 2, across=2) if wide == 8 and _in_pairs(width) else _rows(16, 8, 16, 1)
+        return _rows(32, 8, 16, 2, across=2) if wide == 8 and in_pairs(width) else _rows(16, 8, 16, 1)
     if wide <= 8 and columns <= 32:
         return _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
@@ -169,7 +169,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
         return columns | (_rows(64, 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
     if wide >= 32:
         return columns | (_rows(64, 4, 16, 4, 208) if wide == 32 else _rows(64, 4, 32, 8))
-    if summed == wide == 8 and _in_pairs(width):
+    if summed == wide == 8 and in_pairs(width):
         return columns | _rows(64, 8, 16, 4, 208, across=2)
     if summed <= 8:
         return columns | _rows(8 * wide, 4, 16, 2)
