@@ -242,64 +242,6 @@ def test_resident_batches_wait_for_nothing(small):
     assert out.shape == (6, 3, 32, 32) and out.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("size", [(100, 300), (40, 41), (300, 20), (8, 300)], ids=str)
-def test_random_boxes_are_torchvisions(size):
-    from torchvision.transforms import RandomResizedCrop
-
-    from fpdarts.data.augment import _random_boxes
-
-    boxes = _random_boxes(torch.tensor([size]).expand(4000, 2), torch.Generator().manual_seed(1)).double()
-    torch.manual_seed(2)
-    image = torch.empty(3, *size)
-    theirs = torch.tensor(
-        [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
-    ).double()
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= torch.tensor(size)).all()
-    # 6 standard errors of a difference of means
-    error = 6 * (boxes.var(0) + theirs.var(0)).div(4000).sqrt() + 1e-9
-    assert ((boxes.mean(0) - theirs.mean(0)).abs() < error).all(), (boxes.mean(0), theirs.mean(0))
-    if min(size) > 30:  # in narrower ones nearly no try fits, and the spread is that of a few
-        assert torch.allclose(boxes.std(0), theirs.std(0), rtol=0.08), (boxes.std(0), theirs.std(0))
-    else:
-        assert torch.equal(boxes.mode(0).values, theirs.mode(0).values)
-
-
-def test_the_middle_is_torchvisions():
-    from torchvision.transforms import v2
-
-    from fpdarts.data.augment import Views
-
-    transform = v2.Compose([v2.Resize(37, antialias=True), v2.CenterCrop(32)])
-    for size in ((50, 71), (71, 50), (37, 37), (20, 33), (400, 401), (33, 200)):
-        image = torch.from_numpy(random_pixels(3, *size))
-        views = Views.central(torch.tensor([size]), 32)
-        (top, left), whole = views.corner[0].tolist(), v2.functional.resize(image, views.size[0].tolist())
-        assert torch.equal(whole[:, top : top + 32, left : left + 32], transform(image)), size
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)], ids=str)
-def test_jitter_is_torchvisions(order):
-    from torchvision.transforms.v2 import functional as transforms
-
-    from fpdarts.data.augment import jitter_
-
-    images = torch.rand(5, 3, 9, 7, generator=torch.Generator().manual_seed(0))
-    images[0, :, :4] = 0.25  # grey: no hue
-    images[1, :, 2] = 0
-    jitter = torch.tensor(
-        [[1.3, 0.7, 1.4, 0.2], [0.6, 1.4, 0.6, -0.2], [1, 1, 1, 0], [1.4, 1.2, 0.9, 0.03], [1, 0.8, 1.1, -0.1]]
-    )
-    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
-    expected = []
-    for image, factors in zip(images, jitter.tolist()):
-        for step in order:
-            image = getattr(transforms, names[step])(image, factors[step])
-        expected.append(image)
-    found = jitter_(images * 255, jitter, list(order)) / 255
-    # float32: a hue is a quotient of small differences, which brightness and clamping leave with fewer digits
-    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=2e-5)
-
-
 # ---- choice and errors ----------------------------------------------------------------------------------------------
 
 
