@@ -25,7 +25,7 @@ _ROWS = {"BLOCK": (16, 32, 64), "TALL": (4, 8, 16), "WIDE": (16, 32, 64), "num_w
 CANDIDATES = {
     "rows_fwd_kernel": _ROWS | {"ACROSS": (1, 2)},
     "rows_dgrad_kernel": _ROWS | {"ACROSS": (1, 2)},
-    "rows_wgrad_kernel": _ROWS,
+    "rows_wgrad_kernel": _ROWS | {"ACROSS": (1, 2)},
     "convolve_fwd_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_dgrad_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_wgrad_kernel": {"BLOCK": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
@@ -56,16 +56,19 @@ def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages, ACROSS=1) -> boo
     """Whether a thread's part of the sums, of what is loaded and of the rows of a warp is one that can be fast."""
     name, given = launch.kernel.fn.__name__, launch.arguments
     wide, threads = max(16, given["P"]), 32 * num_warps
-    columns = max(16, given["EDGES"] * given["P"])
-    if not 16 <= BLOCK // num_warps <= 64 or given["EDGES"] == 2:  # two edges are between one and four
+    columns = max(16, given["EDGES"] * given["P"] * ACROSS)
+    if given["EDGES"] == 2:  # is between one and four
         return False
     if num_stages == 1 and (BLOCK, TALL) != (given["BLOCK"], given["TALL"]):  # whether it pays shows at one
         return False
-    if TALL > given["H"] or ACROSS > 1 and (given["EDGES"] > 1 or given["P"] > 8 or not in_pairs(given["W"])):
+    one_edge = given["EDGES"] == 1 or name == "rows_wgrad_kernel"
+    if TALL > given["H"] or ACROSS > 1 and not (one_edge and given["P"] <= 8 and in_pairs(given["W"])):
         return False
     if name == "rows_wgrad_kernel":
         sums, loaded = 5 * columns * WIDE / threads, TALL * BLOCK * columns / 2 / threads
-        return WIDE <= 4 * wide and 20 <= sums <= 168 and loaded <= 64
+        return BLOCK <= 32 and WIDE <= 4 * wide and 40 <= sums <= 160 and 16 <= loaded <= 64
+    if not 16 <= BLOCK // num_warps <= 64:
+        return False
     if name == "rows_dgrad_kernel":
         sums = TALL * BLOCK * given["P"] * ACROSS / threads
         return WIDE == min(32, columns) and 8 <= sums <= 128
@@ -79,7 +82,7 @@ def _reshaped(launch, options):
     tiles, grid = rows_tiles(given["IMAGES"], size, given), launch.grid
     if launch.kernel.fn.__name__ == "rows_wgrad_kernel":
         grid = wgrad_grid(tiles, grid[1], given["C"], 5, given)
-        elements = grid[0] * given["DISTANCE"]
+        elements = grid[0] * given["ACROSS"] * given["DISTANCE"]
     else:  # a share of three numbers at most, of each instance and channel
         shares = rows_shares(given["IMAGES"], size, given)
         grid, elements = (tiles, *grid[1:]), launch.tensors["opened_ptr"].numel() * shares * 3 * given["C"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import tuning
 from .launch import both, kernel, launch, padded
 from .rows import has_pixel, place_of, rows_tiles
-from .statistics import leave_statistics
+from .statistics import leave_statistics_of_rows
 
 MAXIMUM, AVERAGE, BYPASS = 0, 1, 2  # mode of a job
 
@@ -113,22 +113,16 @@ def pool_fwd_kernel(
     out_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     index_ptr += tl.load(jobs_ptr + 2)
     place, channel = ((n * OH + y) * OW + x).to(tl.int64)[:, None], (c < C)[None, :]
-    sums = tl.zeros([BLOCK, P], tl.float32)
     for r in tl.static_range(TALL):
         mask = both(inside, y + r < OH)[:, None] & channel
         stored = outs[r].to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (place + r * OW) * OUT_ROW + c[None, :], stored, mask=mask)
         if mode != 1:
             tl.store(index_ptr + (place + r * OW) * C + c[None, :], indices[r].to(tl.uint8), mask=mask)
-        sums += tl.where(mask, stored.to(tl.float32), 0.0)  # of what was stored, rounding included
     if instance >= 0:
-        count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(OH - y, TALL)).to(tl.float32)
-        total, squares = tl.sum(sums, 0), tl.zeros([BLOCK, P], tl.float32)
-        for r in tl.static_range(TALL):
-            away = outs[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (total / count)[None, :]
-            squares += tl.where(both(inside, y + r < OH)[:, None] & channel, away * away, 0.0)
-        leave_statistics(
-            partial_ptr, tile, count, total, tl.sum(squares, 0), instance + c * 0, c, c < C, SHARES, C
+        leave_statistics_of_rows(
+            partial_ptr, tile, outs, inside, y, OH, TALL, out_ptr.dtype.element_ty, instance + c * 0, c, c < C, SHARES,
+            C,
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import tuning
 from .convolution import activate, open_edges, tap_and_channel
 from .launch import TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
-from .statistics import leave_statistics, leave_sums
+from .statistics import leave_statistics_of_rows, leave_sums
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _forward(
 ):  # fmt: skip
     PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
     SEEN: tl.constexpr = SIDE + ACROSS - 1  # pixels of a row that outputs side by side read
-    e, across, co = _edge_and_output(EDGES, ACROSS, P)
+    e, across, co = edge_and_output(EDGES, ACROSS, P)
     kept = (((opened >> e) & 1) != 0) & (co < C)
     x = first_of(column, DILATION, ACROSS)
     base = ((n * H + y - PAD) * W + x) * X_ROW
@@ -130,7 +130,7 @@ def _forward(
 
 
 @triton.jit
-def _edge_and_output(EDGES: tl.constexpr, ACROSS: tl.constexpr, P: tl.constexpr):
+def edge_and_output(EDGES: tl.constexpr, ACROSS: tl.constexpr, P: tl.constexpr):
     """Of the columns of sums: edge, which of the outputs side by side, and channel."""
     i = tl.arange(0, EDGES * ACROSS * P)
     return i // (ACROSS * P), i // P % ACROSS, i % P
@@ -174,25 +174,19 @@ def rows_fwd_kernel(
                 PRECISION, DTYPE,
             )  # fmt: skip
 
-    e, across, co = _edge_and_output(EDGES, ACROSS, P)
+    e, across, co = edge_and_output(EDGES, ACROSS, P)
     kept = (((opened >> e) & 1) != 0) & (co < C)
     place = ((n * H + y) * W + first_of(column, dilation, ACROSS)).to(tl.int64)
     inner, share = co, tile
     if ACROSS > 1:
         inner, share = co + across * dilation * OUT_ROW, tile * ACROSS + across
     where = e.to(tl.int64)[None, :] * EDGE + place[:, None] * OUT_ROW + inner[None, :]
-    sums = tl.zeros([BLOCK, EDGES * ACROSS * P], tl.float32)
     for r in tl.static_range(TALL):
         stored = totals[r].to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + where + r * W * OUT_ROW, stored, mask=both(inside, y + r < H)[:, None] & kept[None, :])
-        # of what was stored, rounding included
-        sums += tl.where((inside & (y + r < H))[:, None], stored.to(tl.float32), 0.0)
-    sums, squares = tl.sum(sums, 0), tl.zeros([BLOCK, EDGES * ACROSS * P], tl.float32)
-    count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(H - y, TALL)).to(tl.float32)
-    for r in tl.static_range(TALL):
-        away = totals[r].to(out_ptr.dtype.element_ty).to(tl.float32) - (sums / count)[None, :]
-        squares += tl.where((inside & (y + r < H))[:, None], away * away, 0.0)
-    leave_statistics(partial_ptr, share, count, sums, tl.sum(squares, 0), first + e, co, kept, SHARES, C)
+    leave_statistics_of_rows(
+        partial_ptr, share, totals, inside, y, H, TALL, out_ptr.dtype.element_ty, first + e, co, kept, SHARES, C
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Gradients of the weights of convolutions of stride 1, with rows shared as in rows.py: a row of inputs meets all rows
-of outputs that it is a tap of.
+of outputs that it is a tap of. With outputs side by side each pixel that they see meets the gradients of all; it is
+another tap of each, so that these leave their sums in parts of their own.
 """
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 from . import tuning
 from .convolution import activate, open_edges, tap_and_channel
 from .launch import TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
-from .rows import has_pixel, load_row, place_of, rows_tiles, zero_totals
+from .rows import edge_and_output, first_of, has_pixel, load_row, place_of, rows_tiles, zero_totals
 
 
 @triton.jit
 def _inputs(v, SWAP: tl.constexpr):
     """v, of input channels, as an axis of what is loaded: it lies as the product takes it, so that it is copied to
-    shared memory as it comes."""
+    shared memory as it comes. Of the sums it is the same axis, where _pixels are their other one."""
     return v[None, :] if SWAP else v[:, None]
 
 
@@ -27,31 +28,36 @@ def _pixels(v, SWAP: tl.constexpr):
 
 @triton.jit
 def _gradients(
-    x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, EDGE, edges, opened, chunk, IMAGES, H: tl.constexpr,
-    W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr, D_ROW: tl.constexpr,
-    C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, EDGE, DISTANCE, edges, opened, chunk, IMAGES,
+    H: tl.constexpr, W: tl.constexpr, SIDE: tl.constexpr, DILATION: tl.constexpr, X_ROW: tl.constexpr,
+    D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, NORMALIZE: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Of the weights of a chunk of columns of taps."""
+    """Of the weights of a chunk of columns of taps, or of the pixels that outputs side by side see."""
     PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
+    COLUMNS: tl.constexpr = EDGES * ACROSS * P
     # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
-    SWAP: tl.constexpr = EDGES * P >= 64
-    kx, ci = tap_and_channel(chunk, P, WIDE)
-    dx, fits = kx * DILATION - PAD, (kx < SIDE) & (ci < C)
-    column = tl.arange(0, EDGES * P)
-    e, co = column // P, column % P
+    SWAP: tl.constexpr = COLUMNS >= 64
+    seen, ci = tap_and_channel(chunk, P, WIDE)
+    dx, fits = seen * DILATION - PAD, (seen < SIDE + ACROSS - 1) & (ci < C)
+    e, across, co = edge_and_output(EDGES, ACROSS, P)
+    inner = co
+    if ACROSS > 1:
+        inner += across * (DILATION * D_ROW)
     kept = (((opened >> e) & 1) != 0) & (co < C)
     mean, inverse = 0.0, 1.0
     if NORMALIZE:
         mean = _inputs(tl.load(mean_ptr + ci, mask=ci < C, other=0.0), SWAP)
         inverse = _inputs(tl.load(inverse_ptr + ci, mask=ci < C, other=1.0), SWAP)
-    totals = zero_totals(EDGES * P if SWAP else WIDE, WIDE if SWAP else EDGES * P, SIDE)
+    totals = zero_totals(COLUMNS if SWAP else WIDE, WIDE if SWAP else COLUMNS, SIDE)
     blocks: tl.constexpr = (H + TALL - 1) // TALL
-    tiles = tl.where(opened != 0, tl.cdiv(IMAGES * W, BLOCK) * blocks, 0)
+    tiles = tl.where(opened != 0, tl.cdiv(IMAGES * (W // ACROSS), BLOCK) * blocks, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        y, n, x, inside = place_of(tile, IMAGES, H, W, BLOCK, TALL)
+        y, n, column, inside = place_of(tile, IMAGES, H, W, BLOCK, TALL, ACROSS)
+        x = first_of(column, DILATION, ACROSS)
         place = (n * H + y) * W + x
-        where = d_ptr + e.to(tl.int64)[None, :] * EDGE + (place * D_ROW)[:, None] + co[None, :]
+        where = d_ptr + e.to(tl.int64)[None, :] * EDGE + (place * D_ROW)[:, None] + inner[None, :]
         ds = ()
         for r in tl.static_range(TALL):
             mask = both(inside, y + r < H)[:, None] & kept[None, :]
@@ -73,10 +79,15 @@ def _gradients(
                         total = tl.dot(values, d, total, input_precision=PRECISION)
                 changed = changed + (total,)
             totals = changed
-    outputs, inputs = e * (SIDE * SIDE * C * C) + co, (kx * C + ci) * C
+    outputs, inputs = e * (SIDE * SIDE * C * C) + co, (seen * C + ci) * C
     real = (e < edges) & (co < C)
-    where = outputs[:, None] + inputs[None, :] if SWAP else inputs[:, None] + outputs[None, :]
-    mask = real[:, None] & fits[None, :] if SWAP else fits[:, None] & real[None, :]
+    if ACROSS > 1:
+        outputs = outputs + across.to(tl.int64) * DISTANCE - across * (C * C)
+    where = _inputs(inputs, SWAP) + _pixels(outputs, SWAP)
+    mask = _inputs(fits, SWAP) & _pixels(real, SWAP)
+    if ACROSS > 1:
+        kx = _inputs(seen, SWAP) - _pixels(across, SWAP)
+        mask = mask & (kx >= 0) & (kx < SIDE)
     for ky in tl.static_range(SIDE):
         tl.store(partial_ptr + where + ky * SIDE * C * C, totals[ky], mask=mask)
 
@@ -86,13 +97,14 @@ def rows_wgrad_kernel(
     d_ptr, x_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, opened_ptr, jobs_ptr, IMAGES, H: tl.constexpr,
     W: tl.constexpr, EDGE, DISTANCE, X_ROW: tl.constexpr, D_ROW: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr,
     NORMALIZE: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr, ACROSS: tl.constexpr = 1,
 ):  # fmt: skip
-    """As convolve_wgrad_kernel. Grid (parts of the tiles, jobs, chunks of columns of taps and input channels)."""
+    """As convolve_wgrad_kernel. Grid (pieces of the tiles, jobs, chunks of columns of taps and input channels). A
+    program leaves a part for each of ACROSS outputs."""
     jobs_ptr += tl.program_id(1) * 11
     chunk = tl.program_id(2)
     side, dilation = tl.load(jobs_ptr + 5).to(tl.int32), tl.load(jobs_ptr + 6).to(tl.int32)
-    if chunk * WIDE >= side * P:
+    if chunk * WIDE >= (side + ACROSS - 1) * P:
         return
     edges = tl.load(jobs_ptr + 3).to(tl.int32)
     opened = open_edges(opened_ptr, tl.load(jobs_ptr + 2).to(tl.int32), edges, EDGES)
@@ -100,13 +112,13 @@ def rows_wgrad_kernel(
     d_ptr += tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     row = tl.load(jobs_ptr + 10).to(tl.int32)
     mean_ptr, inverse_ptr = mean_ptr + row * C, inverse_ptr + row * C
-    partial_ptr += tl.program_id(0).to(tl.int64) * DISTANCE + tl.load(jobs_ptr + 9)
+    partial_ptr += tl.program_id(0).to(tl.int64) * (ACROSS * DISTANCE) + tl.load(jobs_ptr + 9)
     for kind in tl.static_range(4):
         if (side == 3 + kind // 2 * 2) & (dilation == 1 + kind % 2):
             _gradients(
-                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, EDGE, edges, opened, chunk, IMAGES, H, W,
-                3 + kind // 2 * 2, 1 + kind % 2, X_ROW, D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE, PRECISION,
-                DTYPE,
+                x_ptr, d_ptr, partial_ptr, mean_ptr, inverse_ptr, nothing_ptr, EDGE, DISTANCE, edges, opened, chunk,
+                IMAGES, H, W, 3 + kind // 2 * 2, 1 + kind % 2, X_ROW, D_ROW, C, EDGES, NORMALIZE, P, BLOCK, TALL, WIDE,
+                ACROSS, PRECISION, DTYPE,
             )  # fmt: skip
 
 
@@ -117,9 +129,14 @@ def _wgrad_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
     )
 
 
+def _chunks(c: int, side: int, options: dict) -> int:
+    """side: the largest of any job."""
+    return pieces((side + options.get("ACROSS", 1) - 1) * padded(c), options["WIDE"])
+
+
 def wgrad_grid(tiles: int, jobs: int, c: int, side: int, options: dict) -> tuple[int, int, int]:
-    """As many parts as let its programs fill the chip. side: the largest of any job."""
-    chunks = pieces(side * padded(c), options["WIDE"])
+    """As many pieces of the tiles as let their programs fill the chip."""
+    chunks = _chunks(c, side, options)
     programs = tuning.KNOBS["programs"] * 4 // options["num_warps"]
     return max(1, min(tiles, pieces(programs, jobs * chunks))), jobs, chunks
 
@@ -129,7 +146,7 @@ def rows_wgrad_parts(
 ) -> int:  # fmt: skip
     """As convolution.wgrad_parts."""
     options = _wgrad_options(c, edges, size[1], dtype)
-    return wgrad_grid(rows_tiles(n, size, options), jobs, c, side, options)[0]
+    return wgrad_grid(rows_tiles(n, size, options), jobs, c, side, options)[0] * options.get("ACROSS", 1)
 
 
 def rows_wgrad(
@@ -140,8 +157,9 @@ def rows_wgrad(
     """As convolve_wgrad. normalizing: see rows_fwd."""
     options = _wgrad_options(c, edges, size[1], x.dtype)
     tensors = {"d_ptr": d, "x_ptr": x, "partial_ptr": partial, **normalizing, "opened_ptr": opened, "jobs_ptr": jobs}
+    grid = parts // options.get("ACROSS", 1), len(jobs), _chunks(c, side, options)
     launch(
-        rows_wgrad_kernel, (parts, len(jobs), pieces(side * padded(c), options["WIDE"])), tensors, moved, IMAGES=n,
-        H=size[0], W=size[1], EDGE=edge, DISTANCE=distance, X_ROW=x_row, D_ROW=d_row, C=c, EDGES=padded(edges),
-        NORMALIZE=normalize, P=padded(c), DTYPE=TRITON_DTYPE[x.dtype], **options,
+        rows_wgrad_kernel, grid, tensors, moved, IMAGES=n, H=size[0], W=size[1], EDGE=edge, DISTANCE=distance,
+        X_ROW=x_row, D_ROW=d_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, P=padded(c),
+        DTYPE=TRITON_DTYPE[x.dtype], **options,
     )  # fmt: skip

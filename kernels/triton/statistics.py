@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..spec import EPSILON
 from . import tuning
-from .launch import kernel, launch, padded, pieces
+from .launch import both, kernel, launch, padded, pieces
 
 GROUP = tl.constexpr(32)  # tiles
 
@@ -163,6 +163,24 @@ def leave_statistics(partial_ptr, tile, count, sums, squares, instance, c, mask,
     tl.store(partial_ptr, count + sums * 0, mask=mask)
     tl.store(partial_ptr + C, sums, mask=mask)
     tl.store(partial_ptr + 2 * C, squares, mask=mask)
+
+
+@triton.jit
+def leave_statistics_of_rows(
+    partial_ptr, tile, rows, inside, y, H: tl.constexpr, TALL: tl.constexpr, DTYPE: tl.constexpr, instance, c, mask,
+    SHARES, C: tl.constexpr,
+):  # fmt: skip
+    """The same of a tile of TALL rows from row y of H on. rows: of each its pixels that are inside, a block; as they
+    are stored, in DTYPE, rounding included."""
+    sums, squares = tl.zeros(rows[0].shape, tl.float32), tl.zeros(rows[0].shape, tl.float32)
+    for r in tl.static_range(TALL):
+        sums += tl.where(both(inside, y + r < H)[:, None], rows[r].to(DTYPE).to(tl.float32), 0.0)
+    sums = tl.sum(sums, 0)
+    count = (tl.sum(inside.to(tl.int32), 0) * tl.minimum(H - y, TALL)).to(tl.float32)
+    for r in tl.static_range(TALL):
+        away = rows[r].to(DTYPE).to(tl.float32) - (sums / count)[None, :]
+        squares += tl.where(both(inside, y + r < H)[:, None], away * away, 0.0)
+    leave_statistics(partial_ptr, tile, count, sums, tl.sum(squares, 0), instance, c, mask, SHARES, C)
 
 
 @kernel

@@ -149,7 +149,7 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
     if columns <= 8:
         return _rows(32, 8, 16, 2, across=2) if wide == 8 and in_pairs(width) else _rows(16, 8, 16, 1)
     if wide <= 8 and columns <= 32:
-        return _rows(32, 8, 16, 2)
+        return _rows(64, 8, 16, 4) if columns == 32 and width % 16 == 0 else _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
         return _rows(32, 16 if width % 16 == 0 else 8, 16, 2) if columns == wide else _rows(32, 4, 16, 2)
     if columns == 32:
@@ -184,6 +184,8 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8, stages=1)
     if size == 4:
         return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
+    if wide == 8 and columns <= 32 and in_pairs(width):
+        return _rows(16, 16 if width % 32 == 0 and columns == 8 else 8, 32, 2 if columns == 8 else 4, across=2)
     if columns > 64:
         return _rows(64, 4 if wide == 16 else 2, min(32, wide), 8)
     if columns == 64:
@@ -192,7 +194,7 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(16, 4, 32, 2)
     if columns <= 16:
         return _rows(16, 8, 16 if wide < 8 else 32, 2 if wide == 16 else 1)
-    return _rows(16, 16 if width % 32 == 0 else 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
+    return _rows(16, 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
