@@ -25,7 +25,7 @@ _ROWS = {"BLOCK": (16, 32, 64), "TALL": (4, 8, 16), "WIDE": (16, 32, 64), "num_w
 CANDIDATES = {
     "rows_fwd_kernel": _ROWS | {"ACROSS": (1, 2)},
     "rows_dgrad_kernel": _ROWS | {"ACROSS": (1, 2)},
-    "rows_wgrad_kernel": _ROWS | {"ACROSS": (1, 2)},
+    "rows_wgrad_kernel": _ROWS | {"BLOCK": (16,), "WIDE": (32, 64), "num_warps": (1, 2, 4, 8), "ACROSS": (1, 2)},
     "convolve_fwd_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_dgrad_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_wgrad_kernel": {"BLOCK": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
@@ -61,12 +61,12 @@ def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages, ACROSS=1) -> boo
         return False
     if num_stages == 1 and (BLOCK, TALL) != (given["BLOCK"], given["TALL"]):  # whether it pays shows at one
         return False
-    one_edge = given["EDGES"] == 1 or name == "rows_wgrad_kernel"
-    if TALL > given["H"] or ACROSS > 1 and not (one_edge and given["P"] <= 8 and in_pairs(given["W"])):
+    fit = columns <= 128 if name == "rows_wgrad_kernel" else given["EDGES"] == 1 and given["P"] <= 8
+    if TALL > given["H"] or ACROSS > 1 and not (fit and in_pairs(given["W"])):
         return False
     if name == "rows_wgrad_kernel":
         sums, loaded = 5 * columns * WIDE / threads, TALL * BLOCK * columns / 2 / threads
-        return BLOCK <= 32 and WIDE <= 4 * wide and 40 <= sums <= 160 and 16 <= loaded <= 64
+        return WIDE <= 4 * wide and 40 <= sums <= 160 and 16 <= loaded <= 64
     if not 16 <= BLOCK // num_warps <= 64:
         return False
     if name == "rows_dgrad_kernel":

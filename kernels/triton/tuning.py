@@ -184,8 +184,11 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8, stages=1)
     if size == 4:
         return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
-    if wide == 8 and columns <= 32 and in_pairs(width):
-        return _rows(16, 16 if width % 32 == 0 and columns == 8 else 8, 32, 2 if columns == 8 else 4, across=2)
+    if in_pairs(width) and (wide in (8, 16) or columns == wide == 32):
+        if columns > wide:
+            return _rows(16, 8, 32, 8 if columns == 64 else 4, across=2)
+        tall = 16 if wide < 32 and width % (256 // wide) == 0 else 8
+        return _rows(16, tall, 64 if wide == 16 else 32, 2 if wide == 8 else 4, across=2)
     if columns > 64:
         return _rows(64, 4 if wide == 16 else 2, min(32, wide), 8)
     if columns == 64:
