@@ -10,6 +10,7 @@ from .join import join_reduce_kernel
 from .launch import TRITON_DTYPE, dot_options, launch, pieces
 from .packing import collect
 from .pointwise import pointwise_dgrad_kernel, pointwise_wgrad_kernel
+from .rows import rows_tiles
 
 
 class Gradients:
@@ -72,8 +73,8 @@ class Gradients:
         (rows, jobs), (segment_rows, segments), (other_rows, others) = p.tables(key, make)
         if not rows:
             return
-        m = p.n * size[0] * size[1]
-        tiles = pieces(m, work.options["BLOCK"])
+        m, options = p.n * size[0] * size[1], tuning.source_gradient(p.c, work.bytes, stride)
+        tiles = rows_tiles(p.n, size, options)
         partial = work.partial(len(rows) * tiles * 2 * p.c if normalize else 1)
         pooled = [row for row in other_rows if row[0] != 0]
         maps = 2 * len(rows) * m + len(segment_rows) * p.m + (len(other_rows) - len(pooled)) * m + len(pooled) * p.m
@@ -85,9 +86,8 @@ class Gradients:
         }  # fmt: skip
         launch(
             source_bwd_kernel, (tiles, len(rows), work.blocks), tensors,
-            work.moved(maps * p.c) + p.m * p.c * sum(row[0] == 1 for row in other_rows), M=m,
-            **work.sizes(stride, size), **self.arriving, STRIDE=stride, NORMALIZE=normalize, POOLED=bool(pooled),
-            **tuning.source_gradient(p.c, work.bytes),
+            work.moved(maps * p.c) + p.m * p.c * sum(row[0] == 1 for row in other_rows), **work.sizes(stride, size),
+            **self.arriving, STRIDE=stride, NORMALIZE=normalize, POOLED=bool(pooled), **options,
         )  # fmt: skip
 
     def level(self, level: int):
@@ -179,9 +179,9 @@ class Gradients:
     def depthwise_weights(self, convolutions, stride: int, start: int):
         """What launches, given the buffer of all partial sums, and rows of collect's table; start: in the buffer."""
         p, work = self.p, self.work
-        taps = max(v.side**2 for v in convolutions)
-        parts = pieces(2 * tuning.KNOBS["programs"], len(convolutions) * work.blocks * taps)
-        parts = min(pieces(p.m, work.options["BLOCK"]), parts)
+        side, options = max(v.side for v in convolutions), tuning.depthwise(p.c, work.bytes)
+        parts = pieces(2 * tuning.KNOBS["programs"], len(convolutions) * work.blocks * side)
+        parts = min(rows_tiles(p.n, p.outer, options), parts)
         places = []
         for v in convolutions:
             places.append([start, v.side**2 * p.c, parts, v.depthwise_at, v.side**2 * p.c])
@@ -192,9 +192,9 @@ class Gradients:
             _, jobs = p.table(("depthwise wgrad", stride, places[0][0], parts), lambda: rows)
             tensors = {"d_ptr": self.d, "x_ptr": work.space, **work.normalizing, "partial_ptr": partial}
             launch(
-                depthwise_wgrad_kernel, (parts, len(rows), taps * work.blocks), tensors | {"jobs_ptr": jobs},
-                work.moved(len(rows) * p.c * p.m * (1 + stride**2)), M=p.m, **work.sizes(stride), ROWS=p.rows,
-                STRIDE=stride, TAPS=taps, C=p.c, **work.options,
+                depthwise_wgrad_kernel, (parts, len(rows), side * work.blocks), tensors | {"jobs_ptr": jobs},
+                work.moved(len(rows) * p.c * p.m * (1 + stride**2)), IMAGES=p.n, **work.sizes(stride), ROWS=p.rows,
+                STRIDE=stride, SIDE=side, C=p.c, **options,
             )  # fmt: skip
 
         return run, places

@@ -9,6 +9,7 @@ from .derived_plan import NOWHERE, DerivedPlan
 from .join import join_fwd_kernel
 from .launch import TRITON_DTYPE, dot_options, launch, pieces
 from .pointwise import pointwise_fwd_kernel
+from .rows import rows_tiles
 
 
 class Work:
@@ -104,10 +105,11 @@ class Work:
         if not rows:
             return
         tensors = {"x_ptr": self.space, "weight_ptr": self.arranged, **self.normalizing, "out_ptr": self.space}
+        options = tuning.depthwise(p.c, self.bytes)
         launch(
-            depthwise_fwd_kernel, (pieces(p.m, self.options["BLOCK"]), len(rows), self.blocks),
-            tensors | {"jobs_ptr": jobs}, self.moved(len(rows) * p.c * p.m * (1 + stride * stride)), M=p.m,
-            **self.sizes(stride), ROWS=p.rows, STRIDE=stride, C=p.c, **self.options,
+            depthwise_fwd_kernel, (rows_tiles(p.n, p.outer, options), len(rows), self.blocks),
+            tensors | {"jobs_ptr": jobs}, self.moved(len(rows) * p.c * p.m * (1 + stride * stride)), IMAGES=p.n,
+            **self.sizes(stride), ROWS=p.rows, STRIDE=stride, C=p.c, **options,
         )  # fmt: skip
 
     def level(self, level: int, out):

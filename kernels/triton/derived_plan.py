@@ -13,6 +13,7 @@ import torch
 
 from ..spec import OPERATIONS, DerivedCellSpec
 from .launch import pieces
+from .rows import rows_tiles
 from .statistics import counters
 
 MAP, MAXIMA, AVERAGES = 0, 1, 2  # how a node reads a map
@@ -62,7 +63,8 @@ class DerivedPlan:
         self.outer = size[0] // self.stride, size[1] // self.stride
         self.m_in, self.m = n * math.prod(self.inner), n * math.prod(self.outer)
         # of at most two normalizations an edge, a block of channels at a time, in the smallest tiles that there are
-        tiles = pieces(max(self.m_in, self.m), 32)
+        smallest = {"BLOCK": 8, "TALL": 1}
+        tiles = max(rows_tiles(n, self.inner, smallest), rows_tiles(n, self.outer, smallest))
         self.counters = counters(2 * len(spec.edges) * pieces(self.c, 16), tiles)
         self.rows, self.out_row = len(spec.normalizations), len(spec.concat) * self.c
         self._tables, self.space, self.d_space, self.indices, self.arranged = {}, 0, 0, 0, 0

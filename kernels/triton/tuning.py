@@ -217,12 +217,17 @@ def derived(channels: int) -> dict:
     return {"BLOCK": min(block(), 4096 // wide), "COLUMNS": wide, "num_warps": 4}
 
 
-def source_gradient(channels: int, size: int) -> dict:
-    """Of a derived cell's state. Its sums over edges spill in float32 with 4 warps, on sm_80."""
-    options = derived(channels) | {"num_warps": 8 if size == 4 else 4}
-    if size == 2 and options["COLUMNS"] == 16:
-        options["maxnreg"] = 255  # Triton 3.6 has the compiler choose 64, and spill
-    return options
+def depthwise(channels: int, size: int) -> dict:
+    """Of BLOCK pixels in TALL rows; a thread has 16 bytes of each row."""
+    wide = columns(channels)
+    return {"BLOCK": 2048 // (size * wide), "TALL": 4, "COLUMNS": wide, "num_warps": 4}
+
+
+def source_gradient(channels: int, size: int, stride: int) -> dict:
+    """Of a derived cell's state. At stride 2 taps are gathered one by one. Left to itself the compiler takes 80 to 168
+    registers, and spills."""
+    options = derived(channels) | {"TALL": 1, "num_warps": 8 if size == 4 else 4}
+    return (options if stride == 2 else depthwise(channels, size)) | {"maxnreg": 255}
 
 
 def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
