@@ -140,10 +140,11 @@ def in_pairs(width: int) -> bool:
 def rows_forward(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two. width: of the map."""
     if size == 4 and precision == "ieee":
-        return _rows(32, 2 if wide < columns <= 32 else 1, 16, 4 if columns < 128 else 8, stages=1)
+        tall, registers = (2, None) if wide < columns <= max(16, 2 * wide) <= 32 else (1, 255)
+        return _rows(32, tall, 16, 4 if columns < 128 else 8, registers, 1)
     if size == 4:
         if columns <= 32 and wide < 32:
-            return _rows(32, 2, 16, 2, 255, stages=1)
+            return _rows(32, 1 if columns == 8 else 2, 16, 2, 255, stages=1)
         tall = 2 if columns <= 64 and wide < 64 and columns // wide != 2 else 1
         return _rows(32, tall, 16, 4 if columns < 128 else 8, 255, stages=1)
     if columns <= 8:
