@@ -110,7 +110,7 @@ RULES = {
     "convolve_fwd_kernel": ("convolution", "P_IN", "COLUMNS", "W", "PRECISION", "SIZE"),
     "convolve_dgrad_kernel": ("data_gradient", "P_IN", "COLUMNS", "STRIDE", "PRECISION", "SIZE"),
     "convolve_wgrad_kernel": ("weight_gradient", "P_IN", "COLUMNS", "PRECISION", "SIZE"),
-    "pool_fwd_kernel": ("pooling", "P", "SIZE"),
+    "pool_fwd_kernel": ("pooling", "P", "SIZE", "STRIDE"),
     "node_fwd_kernel": ("node", "P", "K", "SIZE"),
     "node_reduce_kernel": ("reducing", "P", "SIZE"),
     "draw_kernel": ("drawing", "P", "SIZE"),

@@ -126,8 +126,9 @@ def pool_fwd_kernel(
         )  # fmt: skip
 
 
-def pool_tiles(n: int, size: tuple[int, int], c: int, dtype: torch.dtype) -> int:
-    return rows_tiles(n, size, tuning.pooling(padded(c), dtype.itemsize))
+def pool_tiles(n: int, size: tuple[int, int], c: int, dtype: torch.dtype, stride: int) -> int:
+    """size: of the outputs."""
+    return rows_tiles(n, size, tuning.pooling(padded(c), dtype.itemsize, stride))
 
 
 def pool_fwd(
@@ -139,10 +140,10 @@ def pool_fwd(
     tensors = {
         "x_ptr": x, "out_ptr": out, "index_ptr": index, "partial_ptr": partial, "opened_ptr": opened, "jobs_ptr": jobs
     }  # fmt: skip
-    count = pool_tiles(n, out_size, c, x.dtype)
+    count = pool_tiles(n, out_size, c, x.dtype, stride)
     launch(
         pool_fwd_kernel, (count, len(jobs)), tensors, moved, IMAGES=n, H=size[0], W=size[1], OH=out_size[0],
         OW=out_size[1], SHARES=shares, STRIDE=stride, X_ROW=x_row, OUT_ROW=out_row, C=c, P=padded(c),
-        **tuning.pooling(padded(c), x.element_size()),
+        **tuning.pooling(padded(c), x.element_size(), stride),
     )  # fmt: skip
     return count
