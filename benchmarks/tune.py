@@ -52,6 +52,11 @@ def variants(launch) -> list:
     return found or [launch]
 
 
+def choice(launch) -> dict:
+    """Its options, of those that are tried; a rule need not say all of them."""
+    return {name: launch.arguments[name] for name in CANDIDATES[launch.kernel.fn.__name__] if name in launch.arguments}
+
+
 def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages, ACROSS=1) -> bool:
     """Whether a thread's part of the sums, of what is loaded and of the rows of a warp is one that can be fast."""
     name, given = launch.kernel.fn.__name__, launch.arguments
@@ -155,10 +160,9 @@ def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
         launches += launched.all
     rows, found = [], defaultdict(list)
     for told, (launch, calls) in distinct(launches).items():
-        options, times = CANDIDATES[launch.kernel.fn.__name__], {}
-        now = _seconds(launch, device, rounds)
+        now, times = _seconds(launch, device, rounds), {}
         for variant in variants(launch)[: 1 if dry_run else None]:
-            chosen = {option: variant.arguments[option] for option in options}
+            chosen = choice(variant)
             name = " ".join(f"{option}={value}" for option, value in chosen.items())
             try:
                 times[name] = _seconds(variant, device, rounds)

@@ -22,8 +22,11 @@ def test_every_launch_of_a_search_has_the_options_of_its_rule():
         options = getattr(tuning, rule)(*arguments)
         assert options and options.items() <= launch.arguments.items(), (launch.kernel.fn.__name__, rule, arguments)
         known = {parameter.name for parameter in launch.kernel.params} | {"num_warps", "num_stages", "maxnreg"}
-        assert launch.arguments.keys() <= known, "the interpreter ignores what a GPU refuses"
         kernels.add(launch.kernel.fn.__name__)
+        for variant in (launch, *tune.variants(launch)):
+            assert variant.arguments.keys() <= known, "the interpreter ignores what a GPU refuses"
+            tried = tune.choice(variant).keys()
+            assert variant is launch or tried == tune.CANDIDATES[launch.kernel.fn.__name__].keys()
     assert kernels == set(tune.CANDIDATES)
 
 

@@ -105,3 +105,21 @@ def dot_options(dtype: torch.dtype) -> dict:
     """PRECISION of tl.dot in float32: exact, or tf32 where torch.set_float32_matmul_precision allows it."""
     exact = torch.get_float32_matmul_precision() == "highest" or interpreted()
     return {"PRECISION": "ieee" if exact or dtype != torch.float32 else "tf32"}
+
+
+def _let_numbers_be_taken():
+    """Triton 3.6's interpreter has int() take a number out of an array of one element, which NumPy 2.5 refuses; 3.7's
+    does not."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if interpreted() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    _let_numbers_be_taken()
