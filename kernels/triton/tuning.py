@@ -64,12 +64,13 @@ def pooling(wide: int, size: int, stride: int) -> dict:
 
 @timed
 def state_gradient(wide: int, size: int, stride: int) -> dict:
-    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held. Where 128
+    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held. Where
     registers are said, the compiler takes 40 to 64 by itself, and spills."""
     if stride == 2:
         return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8), "maxnreg": 128}
     options = {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
-    return options | ({"maxnreg": 128} if size == 4 or wide >= 32 else {})
+    registers = 128 if size == 4 or wide >= 32 else 64 if wide == 8 else None
+    return options | ({} if registers is None else {"maxnreg": registers})
 
 
 @timed
@@ -239,11 +240,14 @@ def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
     most = 64 if exact else 128
     whole = max(16, 1 << (wide - 1).bit_length())
     found = whole if whole <= most else columns(wide, 64)
-    return {
+    options = {
         "BLOCK": 64 if size == 4 else 128, "BLOCK_K": max(16, columns(summed, 16 if size == 4 else 32)),
         "COLUMNS": found, "num_warps": 8 if found == 128 or (exact and found == 64) else 4,
         "num_stages": 2 if size == 2 else 1,
     }  # fmt: skip
+    if exact and found == 64:
+        options["maxnreg"] = 128  # the compiler would choose 64 on sm_90, and spill
+    return options
 
 
 def pointwise_weight_gradient(outputs: int, inputs: int, precision: str, size: int) -> dict:
