@@ -168,7 +168,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
-        return columns | _rows(32, 2 if wide == 32 else 1, 16, 4, stages=1)
+        return columns | (_rows(32, 2, 16, 4, stages=1) if wide == summed == 32 else _rows(32, 1, 16, 4, 255, 1))
     if size == 4:
         return columns | (_rows(64, 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
     if wide >= 32:
