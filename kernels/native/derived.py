@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import Statistics
 from ..spec import DerivedCellSpec
@@ -15,6 +16,7 @@ from .library import (
     float32_weights,
 )
 from .operators import of_operation
+from .registration import OPERATORS, below_autograd, operator, register_derivative
 
 
 def _geometry(spec: DerivedCellSpec, n: int, size: tuple[int, int]) -> list[int]:
@@ -32,7 +34,7 @@ def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
     return n, geometry[9] * channels, height // stride, width // stride
 
 
-@torch.library.custom_op("fpdarts::derived_cell", mutates_args=(), device_types="cpu")
+@operator("derived_cell")
 def _derived_cell(
     geometry: list[int],
     rows: list[int],
@@ -54,14 +56,14 @@ def _derived_cell(
     return out, *batch, work
 
 
-@_derived_cell.register_fake
+@torch.library.register_fake(_derived_cell, lib=OPERATORS)
 def _(geometry, rows, unread, x0, x1, weights, path_scales, mean, variance):
     out = x0.new_empty(_out_shape(geometry)).contiguous(memory_format=torch.channels_last)
     size = torch.library.get_ctx().new_dynamic_size()  # depends on the processor's vectors
     return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(size)
 
 
-@torch.library.custom_op("fpdarts::derived_cell_backward", mutates_args=(), device_types="cpu")
+@operator("derived_cell_backward")
 def _derived_cell_backward(
     geometry: list[int],
     need: list[bool],
@@ -81,36 +83,45 @@ def _derived_cell_backward(
     )  # fmt: skip
 
 
-@_derived_cell_backward.register_fake
+@torch.library.register_fake(_derived_cell_backward, lib=OPERATORS)
 def _(geometry, need, d_out, x0, x1, weights, path_scales, mean, variance, work):
     return fake_gradients((x0, x1), weights, need)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.geometry, _, ctx.unread, x0, x1, weights, *others = inputs
-    ctx.save_for_backward(x0, x1, *others, output[-1], *weights)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+class _DerivedCell(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, geometry, rows, unread, x0, x1, path_scales, mean, variance, *weights):
+        with below_autograd():
+            out, *others, work = _derived_cell(geometry, rows, unread, x0, x1, weights, path_scales, mean, variance)
+        ctx.geometry, ctx.unread = geometry, unread
+        ctx.save_for_backward(x0, x1, path_scales, mean, variance, work, *weights)
+        ctx.mark_non_differentiable(*others, work)
+        ctx.set_materialize_grads(False)
+        return out, *others, work
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, *_):
+        needed = ctx.needs_input_grad
+        if d_out is None:
+            return (None,) * len(needed)
+        needed = *needed[3:5], *needed[8:]
+        # of the weights all that the output depends on, if any
+        need = [*needed[:2], *[any(needed[2:])] * len(needed[2:])]
+        need = [asked and not unread for asked, unread in zip(need, ctx.unread)]
+        x0, x1, path_scales, mean, variance, work, *weights = ctx.saved_tensors
+        gradients = _derived_cell_backward(
+            ctx.geometry, need, d_out, x0, x1, weights, path_scales, mean, variance, work
+        )
+        told = [d if made and asked else None for d, made, asked in zip(gradients, need, needed)]
+        return None, None, None, *told[:2], None, None, None, *told[2:]
 
 
-def _backward(ctx, d_out, *_):
-    if d_out is None:
-        return (None,) * 5 + ([None] * len(ctx.needs_input_grad[5]),) + (None,) * 3
-    x0, x1, path_scales, mean, variance, work, *weights = ctx.saved_tensors
-    _, _, _, *need_x, need_weights, _, _, _ = ctx.needs_input_grad
-    # of the weights all that the output depends on, if any
-    need = need_x + [any(need_weights)] * len(weights)
-    need = [needed and not unread for needed, unread in zip(need, ctx.unread)]
-    d_x0, d_x1, *d_weights = _derived_cell_backward(
-        ctx.geometry, need, d_out, x0, x1, weights, path_scales, mean, variance, work
-    )
-    d_x0, d_x1 = (d if needed else None for d, needed in zip((d_x0, d_x1), need))
-    told = [asked and needed for asked, needed in zip(need_weights, need[2:])]
-    d_weights = [d if wanted else None for d, wanted in zip(d_weights, told)]
-    return None, None, None, d_x0, d_x1, d_weights, None, None, None
+def _differentiable(geometry, rows, unread, x0, x1, weights, *others):
+    return _DerivedCell.apply(geometry, rows, unread, x0, x1, *others, *weights)
 
 
-_derived_cell.register_autograd(_backward, setup_context=_setup_context)
+register_derivative(_derived_cell, _differentiable)
 
 
 def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):

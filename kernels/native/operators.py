@@ -5,6 +5,7 @@ torch.library is told shapes and derivatives, so that torch.compile takes a cell
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
@@ -18,6 +19,7 @@ from .library import (
     float32_weights,
     gradient,
 )
+from .registration import OPERATORS, below_autograd, operator, register_derivative
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
 _CONVOLUTION = 4
@@ -44,7 +46,7 @@ def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
     return n, nodes * channels, height // stride, width // stride
 
 
-@torch.library.custom_op("fpdarts::cell", mutates_args=(), device_types="cpu")
+@operator("cell")
 def _cell(
     geometry: list[int],
     rows: list[int],
@@ -66,14 +68,14 @@ def _cell(
     return out, *batch, work
 
 
-@_cell.register_fake
+@torch.library.register_fake(_cell, lib=OPERATORS)
 def _(geometry, rows, x0, x1, weights, alpha, beta, gates, mean, variance):
     out = x0.new_empty(_out_shape(geometry)).contiguous(memory_format=torch.channels_last)
     size = torch.library.get_ctx().new_dynamic_size()  # depends on the processor's vectors
     return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(rows[0], 1), x0.new_empty(size)
 
 
-@torch.library.custom_op("fpdarts::cell_backward", mutates_args=(), device_types="cpu")
+@operator("cell_backward")
 def _cell_backward(
     geometry: list[int],
     need: list[bool],
@@ -101,38 +103,43 @@ def _cell_backward(
     return [d_x0, d_x1, d_alpha, d_beta, *d_weights]
 
 
-@_cell_backward.register_fake
+@torch.library.register_fake(_cell_backward, lib=OPERATORS)
 def _(geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work):
     d_alpha, d_beta = (gradient(tensor, need[2]) for tensor in (alpha, beta))
     d_x0, d_x1, *d_weights = fake_gradients((x0, x1), weights, need[:2] + need[3:] * len(weights))
     return [d_x0, d_x1, d_alpha, d_beta, *d_weights]
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.geometry, _, *tensors = inputs
-    x0, x1, weights, *others = tensors
-    ctx.save_for_backward(x0, x1, *others, output[-1], *weights)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+class _Cell(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, geometry, rows, x0, x1, alpha, beta, gates, mean, variance, *weights):
+        with below_autograd():
+            out, *others, work = _cell(geometry, rows, x0, x1, weights, alpha, beta, gates, mean, variance)
+        ctx.geometry = geometry
+        ctx.save_for_backward(x0, x1, alpha, beta, gates, mean, variance, work, *weights)
+        ctx.mark_non_differentiable(*others, work)
+        ctx.set_materialize_grads(False)
+        return out, *others, work
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, *_):
+        needed = ctx.needs_input_grad
+        if d_out is None:
+            return (None,) * len(needed)
+        needed = *needed[2:6], *needed[9:]
+        need = [*needed[:2], any(needed[2:4]), any(needed[4:])]
+        x0, x1, alpha, beta, gates, mean, variance, work, *weights = ctx.saved_tensors
+        gradients = _cell_backward(ctx.geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work)
+        told = [gradient if asked else None for gradient, asked in zip(gradients, needed)]
+        return None, None, *told[:4], None, None, None, *told[4:]
 
 
-def _backward(ctx, d_out, *_):
-    if d_out is None:
-        return (None,) * 4 + ([None] * len(ctx.needs_input_grad[4]),) + (None,) * 5
-    x0, x1, alpha, beta, gates, mean, variance, work, *weights = ctx.saved_tensors
-    _, _, need_x0, need_x1, need_weights, need_alpha, need_beta, *_ = ctx.needs_input_grad
-    need = [need_x0, need_x1, need_alpha or need_beta, any(need_weights)]
-    d_x0, d_x1, d_alpha, d_beta, *d_weights = _cell_backward(
-        ctx.geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work
-    )
-    d_weights = [d if needed else None for d, needed in zip(d_weights, need_weights)]
-    return (
-        None, None, d_x0 if need_x0 else None, d_x1 if need_x1 else None, d_weights, d_alpha if need_alpha else None,
-        d_beta if need_beta else None, None, None, None,
-    )  # fmt: skip
+def _differentiable(geometry, rows, x0, x1, weights, *others):
+    return _Cell.apply(geometry, rows, x0, x1, *others, *weights)
 
 
-_cell.register_autograd(_backward, setup_context=_setup_context)
+register_derivative(_cell, _differentiable)
 
 
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
