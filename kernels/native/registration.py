@@ -1,7 +1,7 @@
 """Operators of PyTorch, registered by hand.
 
-``torch.library.custom_op`` looks through all arguments and results at each call, and ``register_autograd`` walks through
-lists of tensors in Python: together 0.25 ms a cell and step, more than all else around its computation.
+``torch.library.custom_op`` looks through all arguments and results at each call, and ``register_autograd`` walks
+through lists of tensors in Python: together 0.25 ms a cell and step, more than all else around its computation.
 """
 
 from collections.abc import Callable
