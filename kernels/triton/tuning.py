@@ -113,7 +113,7 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
     exact = size == 4 and precision == "ieee"
     sums = 8192 // (1 if size == 2 else 4 if exact else 2)
     return {
-        "BLOCK": 128 if size == 2 else 32 if exact or wide_in == wide_out == 32 else 64,
+        "BLOCK": 128 if size == 2 else 32 if exact or wide_in == 32 else 64,
         "BLOCK_K": max(16, min(128, max(wide_in, sums // wide_out))), "num_warps": 8 if size == 4 else 4,
         "num_stages": 1,
     }  # fmt: skip
