@@ -150,6 +150,23 @@ def test_operators_are_what_pytorch_asks_of_one():
         torch.library.opcheck(operator, given)
 
 
+@pytest.mark.parametrize("operator", ["cell", "derived_cell", "stage"])
+def test_second_derivatives_are_refused(operator):
+    if operator == "cell":
+        spec = CellSpec(8, (12, 16), 2, DEFAULT_SUBSETS, 2)
+        inputs, weights, *others = arguments(spec)
+        leaf, out = inputs[0], kernels.cell(spec, inputs, weights, *others, kernels="native")[0]
+    elif operator == "derived_cell":
+        given = derived_arguments()
+        leaf, out = given[3], derived._derived_cell(*given)[0]
+    else:
+        leaf = torch.randn(2, 4, 6, 6, requires_grad=True)
+        out = kernels.stage(leaf, torch.randn(3, 5, 5, 4), torch.randn(3, 4, 4), kernels="native")
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{operator}_backward.*no autograd formula"):
+        torch.autograd.grad(gradient.square().sum(), leaf)
+
+
 def derived_arguments(channels=8, n=2, **options):
     """Of the operator."""
     spec = DerivedCellSpec(channels, (12, 16), (("sep_conv_3x3", 1), ("max_pool_3x3", 0)), (2,), **options)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import Statistics
 from ..spec import DerivedCellSpec
@@ -16,7 +15,7 @@ from .library import (
     float32_weights,
 )
 from .operators import of_operation
-from .registration import OPERATORS, below_autograd, operator, register_derivative
+from .registration import OPERATORS, below_autograd, operator
 
 
 def _geometry(spec: DerivedCellSpec, n: int, size: tuple[int, int]) -> list[int]:
@@ -63,7 +62,7 @@ def _(geometry, rows, unread, x0, x1, weights, path_scales, mean, variance):
     return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(size)
 
 
-@operator("derived_cell_backward")
+@torch.library.custom_op("fpdarts::derived_cell_backward", mutates_args=(), device_types="cpu")
 def _derived_cell_backward(
     geometry: list[int],
     need: list[bool],
@@ -83,7 +82,7 @@ def _derived_cell_backward(
     )  # fmt: skip
 
 
-@torch.library.register_fake(_derived_cell_backward, lib=OPERATORS)
+@_derived_cell_backward.register_fake
 def _(geometry, need, d_out, x0, x1, weights, path_scales, mean, variance, work):
     return fake_gradients((x0, x1), weights, need)
 
@@ -100,7 +99,6 @@ class _DerivedCell(torch.autograd.Function):
         return out, *others, work
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out, *_):
         needed = ctx.needs_input_grad
         if d_out is None:
@@ -121,7 +119,7 @@ def _differentiable(geometry, rows, unread, x0, x1, weights, *others):
     return _DerivedCell.apply(geometry, rows, unread, x0, x1, *others, *weights)
 
 
-register_derivative(_derived_cell, _differentiable)
+OPERATORS.impl(_derived_cell, _differentiable, "AutogradCPU")
 
 
 def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):

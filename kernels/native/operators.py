@@ -5,7 +5,6 @@ torch.library is told shapes and derivatives, so that torch.compile takes a cell
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
@@ -19,7 +18,7 @@ from .library import (
     float32_weights,
     gradient,
 )
-from .registration import OPERATORS, below_autograd, operator, register_derivative
+from .registration import OPERATORS, below_autograd, operator
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
 _CONVOLUTION = 4
@@ -75,7 +74,7 @@ def _(geometry, rows, x0, x1, weights, alpha, beta, gates, mean, variance):
     return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(rows[0], 1), x0.new_empty(size)
 
 
-@operator("cell_backward")
+@torch.library.custom_op("fpdarts::cell_backward", mutates_args=(), device_types="cpu")
 def _cell_backward(
     geometry: list[int],
     need: list[bool],
@@ -103,7 +102,7 @@ def _cell_backward(
     return [d_x0, d_x1, d_alpha, d_beta, *d_weights]
 
 
-@torch.library.register_fake(_cell_backward, lib=OPERATORS)
+@_cell_backward.register_fake
 def _(geometry, need, d_out, x0, x1, weights, alpha, beta, gates, mean, variance, work):
     d_alpha, d_beta = (gradient(tensor, need[2]) for tensor in (alpha, beta))
     d_x0, d_x1, *d_weights = fake_gradients((x0, x1), weights, need[:2] + need[3:] * len(weights))
@@ -122,7 +121,6 @@ class _Cell(torch.autograd.Function):
         return out, *others, work
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out, *_):
         needed = ctx.needs_input_grad
         if d_out is None:
@@ -139,7 +137,7 @@ def _differentiable(geometry, rows, x0, x1, weights, *others):
     return _Cell.apply(geometry, rows, x0, x1, *others, *weights)
 
 
-register_derivative(_cell, _differentiable)
+OPERATORS.impl(_cell, _differentiable, "AutogradCPU")
 
 
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):

@@ -25,7 +25,6 @@ from .library import (
     threads,
 )
 from .operators import of_operation
-from .registration import OPERATORS, operator
 
 _STAGE, _POOLING, _NODE = range(3)
 
@@ -65,7 +64,7 @@ def _stage_fields(x, step, depthwise, pointwise, stride, dilation):
     }  # fmt: skip
 
 
-@operator("stage")
+@torch.library.custom_op("fpdarts::stage", mutates_args=(), device_types="cpu")
 def _stage(x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int) -> Tensor:
     (x, step), depthwise, pointwise = channels_last_slice(x), depthwise.contiguous(), pointwise.contiguous()
     edges, _, _, c = depthwise.shape
@@ -74,12 +73,12 @@ def _stage(x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilatio
     return out
 
 
-@torch.library.register_fake(_stage, lib=OPERATORS)
+@_stage.register_fake
 def _(x, depthwise, pointwise, stride, dilation):
     return _fake(x, depthwise.shape[0] * depthwise.shape[3], stride)
 
 
-@operator("stage_backward")
+@torch.library.custom_op("fpdarts::stage_backward", mutates_args=(), device_types="cpu")
 def _stage_backward(
     d_out: Tensor, x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int, need: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +95,7 @@ def _stage_backward(
     return d_x, d_depthwise, d_pointwise
 
 
-@torch.library.register_fake(_stage_backward, lib=OPERATORS)
+@_stage_backward.register_fake
 def _(d_out, x, depthwise, pointwise, stride, dilation, need):
     d_x = _fake(x, x.shape[1]) if need[0] else x.new_empty(0)
     return d_x, gradient(depthwise, need[1]), gradient(pointwise, need[1])
@@ -115,7 +114,7 @@ def _backward_of_stage(ctx, d_out):
     return *(d if wanted else None for d, wanted in zip(gradients, needed)), None, None
 
 
-torch.library.register_autograd(_stage, _backward_of_stage, setup_context=_save_stage, lib=OPERATORS)
+_stage.register_autograd(_backward_of_stage, setup_context=_save_stage)
 
 
 def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
@@ -125,7 +124,7 @@ def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
     return _stage(x, depthwise, pointwise, stride, dilation)
 
 
-@operator("pooling")
+@torch.library.custom_op("fpdarts::pooling", mutates_args=(), device_types="cpu")
 def _pooling(x: Tensor, kind: int, stride: int) -> Tensor:
     x, step = channels_last_slice(x)
     out = new_map(_shape(x, x.shape[1], stride))
@@ -133,12 +132,12 @@ def _pooling(x: Tensor, kind: int, stride: int) -> Tensor:
     return out
 
 
-@torch.library.register_fake(_pooling, lib=OPERATORS)
+@_pooling.register_fake
 def _(x, kind, stride):
     return _fake(x, x.shape[1], stride)
 
 
-@operator("pooling_backward")
+@torch.library.custom_op("fpdarts::pooling_backward", mutates_args=(), device_types="cpu")
 def _pooling_backward(d_out: Tensor, x: Tensor, kind: int, stride: int) -> Tensor:
     (x, step), d_out = channels_last_slice(x), channels_last(d_out)
     d_x = new_map(x.shape)
@@ -146,7 +145,7 @@ def _pooling_backward(d_out: Tensor, x: Tensor, kind: int, stride: int) -> Tenso
     return d_x
 
 
-@torch.library.register_fake(_pooling_backward, lib=OPERATORS)
+@_pooling_backward.register_fake
 def _(d_out, x, kind, stride):
     return _fake(x, x.shape[1])
 
@@ -156,11 +155,9 @@ def _save_pooling(ctx, inputs, output):
     ctx.save_for_backward(x)
 
 
-torch.library.register_autograd(
-    _pooling,
+_pooling.register_autograd(
     lambda ctx, d_out: (_pooling_backward(d_out, *ctx.saved_tensors, ctx.kind, ctx.stride), None, None),
     setup_context=_save_pooling,
-    lib=OPERATORS,
 )
 
 
@@ -169,7 +166,7 @@ def pooling(x, operation, *, stride=1):
     return _pooling(x, of_operation(operation)[0], stride)
 
 
-@operator("node")
+@torch.library.custom_op("fpdarts::node", mutates_args=(), device_types="cpu")
 def _node(terms: list[Tensor], coefficients: Tensor, slices: list[int], partial: int) -> Tensor:
     """slices: of each term. coefficients: (terms,)."""
     terms, c = [channels_last(term) for term in terms], terms[0].shape[1]
@@ -185,12 +182,12 @@ def _run_node(terms, c, slices, partial, backward, **fields):
     _run(_NODE, terms[0], c, backward, stride=1, partial=partial, count=len(terms), **fields)
 
 
-@torch.library.register_fake(_node, lib=OPERATORS)
+@_node.register_fake
 def _(terms, coefficients, slices, partial):
     return _fake(terms[0], partial * terms[0].shape[1])
 
 
-@operator("node_backward")
+@torch.library.custom_op("fpdarts::node_backward", mutates_args=(), device_types="cpu")
 def _node_backward(
     d_out: Tensor, terms: list[Tensor], coefficients: Tensor, slices: list[int], partial: int
 ) -> list[Tensor]:
@@ -204,7 +201,7 @@ def _node_backward(
     return [*gradients, d_coefficients]
 
 
-@torch.library.register_fake(_node_backward, lib=OPERATORS)
+@_node_backward.register_fake
 def _(d_out, terms, coefficients, slices, partial):
     return [*(torch.empty_like(channels_last(term)) for term in terms), torch.empty_like(coefficients)]
 
@@ -220,7 +217,7 @@ def _backward_of_node(ctx, d_out):
     return d_terms, d_coefficients, None, None
 
 
-torch.library.register_autograd(_node, _backward_of_node, setup_context=_save_node, lib=OPERATORS)
+_node.register_autograd(_backward_of_node, setup_context=_save_node)
 
 
 def node(slices):
