@@ -53,11 +53,11 @@ def variants(launch) -> list:
 
 
 def choice(launch) -> dict:
-    """Its options, of those that are tried; a rule need not say all of them."""
-    return {name: launch.arguments[name] for name in CANDIDATES[launch.kernel.fn.__name__] if name in launch.arguments}
+    """Its options, of those that are tried."""
+    return {name: launch.arguments[name] for name in CANDIDATES[launch.kernel.fn.__name__]}
 
 
-def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages, ACROSS=1) -> bool:
+def _sensible(launch, BLOCK, TALL, WIDE, num_warps, num_stages, ACROSS) -> bool:
     """Whether a thread's part of the sums, of what is loaded and of the rows of a warp is one that can be fast."""
     name, given = launch.kernel.fn.__name__, launch.arguments
     wide, threads = max(16, given["P"]), 32 * num_warps

@@ -33,8 +33,7 @@ def larger_steps(request, monkeypatch):
         from fpdarts.kernels.triton import tuning
 
         def larger(*_, across=1, **__):
-            options = {"BLOCK": 32, "TALL": 4, "WIDE": 64, "num_warps": 4}
-            return options | ({"ACROSS": across} if across > 1 else {})
+            return {"BLOCK": 32, "TALL": 4, "WIDE": 64, "ACROSS": across, "num_warps": 4}
 
         monkeypatch.setattr(tuning, "_rows", larger)
 

@@ -336,7 +336,7 @@ def rows_tiles(n: int, size: tuple[int, int], options: dict) -> int:
 
 def rows_shares(n: int, size: tuple[int, int], options: dict) -> int:
     """How many shares of statistics or of sums the tiles leave."""
-    return rows_tiles(n, size, options) * options.get("ACROSS", 1)
+    return rows_tiles(n, size, options) * options["ACROSS"]
 
 
 def forward_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:

@@ -131,7 +131,7 @@ def _wgrad_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
 
 def _chunks(c: int, side: int, options: dict) -> int:
     """side: the largest of any job."""
-    return pieces((side + options.get("ACROSS", 1) - 1) * padded(c), options["WIDE"])
+    return pieces((side + options["ACROSS"] - 1) * padded(c), options["WIDE"])
 
 
 def wgrad_grid(tiles: int, jobs: int, c: int, side: int, options: dict) -> tuple[int, int, int]:
@@ -146,7 +146,7 @@ def rows_wgrad_parts(
 ) -> int:  # fmt: skip
     """As convolution.wgrad_parts."""
     options = _wgrad_options(c, edges, size[1], dtype)
-    return wgrad_grid(rows_tiles(n, size, options), jobs, c, side, options)[0] * options.get("ACROSS", 1)
+    return wgrad_grid(rows_tiles(n, size, options), jobs, c, side, options)[0] * options["ACROSS"]
 
 
 def rows_wgrad(
@@ -157,7 +157,7 @@ def rows_wgrad(
     """As convolve_wgrad. normalizing: see rows_fwd."""
     options = _wgrad_options(c, edges, size[1], x.dtype)
     tensors = {"d_ptr": d, "x_ptr": x, "partial_ptr": partial, **normalizing, "opened_ptr": opened, "jobs_ptr": jobs}
-    grid = parts // options.get("ACROSS", 1), len(jobs), _chunks(c, side, options)
+    grid = parts // options["ACROSS"], len(jobs), _chunks(c, side, options)
     launch(
         rows_wgrad_kernel, grid, tensors, moved, IMAGES=n, H=size[0], W=size[1], EDGE=edge, DISTANCE=distance,
         X_ROW=x_row, D_ROW=d_row, C=c, EDGES=padded(edges), NORMALIZE=normalize, P=padded(c),

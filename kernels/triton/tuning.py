@@ -129,8 +129,7 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 def _rows(
     block: int, tall: int, wide: int, warps: int, registers: int | None = None, stages: int = 2, across: int = 1
 ) -> dict:  # fmt: skip
-    options = {"BLOCK": block, "TALL": tall, "WIDE": wide, "num_warps": warps, "num_stages": stages}
-    options |= {"ACROSS": across} if across > 1 else {}
+    options = {"BLOCK": block, "TALL": tall, "WIDE": wide, "ACROSS": across, "num_warps": warps, "num_stages": stages}
     return options | ({} if registers is None else {"maxnreg": registers})
 
 
