@@ -59,26 +59,41 @@ def zero_totals(BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr):
 
 @triton.jit
 def load_row(
-    pointer, nothing, mask, y, H: tl.constexpr, DISTANCE: tl.constexpr, i: tl.constexpr, NORMALIZE: tl.constexpr
+    pointer, nothing, mask, y, H: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, i: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Row y + i. What lies outside reads as what is 0 behind the ReLU, of rows to be normalized at nothing, a block of
-    pointers to -inf: a copy into shared memory that waits for nobody can put no other number than 0 in its place."""
+    """Row y + i, of W pixels, ROW elements apart. What lies outside reads as what is 0 behind the ReLU, of rows to be
+    normalized at nothing, a block of pointers to -inf: a copy into shared memory that waits for nobody can put no other
+    number than 0 in its place."""
     mask = both(both(mask, y + i >= 0), y + i < H)
     if NORMALIZE:
-        return tl.load(tl.where(mask, pointer + i * DISTANCE, nothing))
-    return tl.load(pointer + i * DISTANCE, mask=mask, other=0.0)
+        # Both lie in one workspace, as aligned as ROW is. Triton 3.8 loses that where it selects between pointers.
+        ALIGNED: tl.constexpr = 8 if ROW % 8 == 0 else 4 if ROW % 4 == 0 else 1
+        BYTES: tl.constexpr = ALIGNED * pointer.dtype.element_ty.primitive_bitwidth // 8
+        found = tl.where(mask, pointer + i * (W * ROW), nothing)
+        return tl.load(tl.multiple_of(found, [1, BYTES] if nothing.shape[0] == 1 else [BYTES, 1]))
+    return tl.load(pointer + i * (W * ROW), mask=mask, other=0.0)
+
+
+@triton.jit
+def renamed(values):
+    """The same under another name, for the next of the products that share them. Triton 3.8 lets only the first of them
+    have a computed operand in its own layout; for others that ask for the very same it would be stored to shared
+    memory once more, between barriers."""
+    integer: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
+    return values.to(integer, bitcast=True).to(values.dtype, bitcast=True)
 
 
 @triton.jit
 def _products(
-    totals, weights, pointer, nothing, mask, y, mean, inverse, H: tl.constexpr, DISTANCE: tl.constexpr,
+    totals, weights, pointer, nothing, mask, y, mean, inverse, H: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
     SIDE: tl.constexpr, DILATION: tl.constexpr, TALL: tl.constexpr, ACTIVATE: tl.constexpr, NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """totals with the products of one column of taps added. pointer: to what the first output's first tap reads, in row
     y; nothing: see load_row."""
     for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
-        values = load_row(pointer, nothing, mask, y, H, DISTANCE, i, NORMALIZE)
+        values = load_row(pointer, nothing, mask, y, H, W, ROW, i, NORMALIZE)
         if ACTIVATE:
             values = activate(values, mean, inverse, NORMALIZE, DTYPE)
         values = values.to(DTYPE)
@@ -87,6 +102,8 @@ def _products(
             total = totals[r]
             if i >= r and (i - r) % DILATION == 0 and (i - r) // DILATION < SIDE:
                 total = tl.dot(values, weights[(i - r) // DILATION], total, input_precision=PRECISION)
+                if ACTIVATE:
+                    values = renamed(values)
             changed = changed + (total,)
         totals = changed
     return totals
@@ -124,7 +141,7 @@ def _forward(
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
             totals, weights, x_ptr + base[:, None] + (dx * X_ROW + ci)[None, :], nothing_ptr + ci[None, :], mask,
-            y - PAD, mean, inverse, H, W * X_ROW, SIDE, DILATION, TALL, True, NORMALIZE, PRECISION, DTYPE,
+            y - PAD, mean, inverse, H, W, X_ROW, SIDE, DILATION, TALL, True, NORMALIZE, PRECISION, DTYPE,
         )  # fmt: skip
     return totals
 
@@ -244,7 +261,7 @@ def _backward(
             weights = weights + (loaded.to(DTYPE),)
         totals = _products(
             totals, weights, d_ptr + base[:, None] + (dx * D_ROW + inner)[None, :], None, mask, y + low, 0.0, 1.0, OH,
-            OW * D_ROW, COUNT, DILATION, TALL, False, False, PRECISION, DTYPE,
+            OW, D_ROW, COUNT, DILATION, TALL, False, False, PRECISION, DTYPE,
         )  # fmt: skip
     return totals
 

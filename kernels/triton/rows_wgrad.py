@@ -11,7 +11,7 @@ from torch import Tensor
 from . import tuning
 from .convolution import activate, open_edges, tap_and_channel
 from .launch import TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
-from .rows import edge_and_output, first_of, has_pixel, load_row, place_of, rows_tiles, zero_totals
+from .rows import edge_and_output, first_of, has_pixel, load_row, place_of, renamed, rows_tiles, zero_totals
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _gradients(
         pointer = x_ptr + _pixels((place - PAD * W) * X_ROW, SWAP) + _inputs(dx * X_ROW + ci, SWAP)
         nothing = nothing_ptr + _inputs(ci, SWAP)
         for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
-            values = load_row(pointer, nothing, mask, y - PAD, H, W * X_ROW, i, NORMALIZE)
+            values = load_row(pointer, nothing, mask, y - PAD, H, W, X_ROW, i, NORMALIZE)
             values = activate(values, mean, inverse, NORMALIZE, DTYPE)
             changed = ()
             for ky in tl.static_range(SIDE):
@@ -77,6 +77,7 @@ def _gradients(
                         total = tl.dot(tl.trans(d), values, total, input_precision=PRECISION)
                     else:
                         total = tl.dot(values, d, total, input_precision=PRECISION)
+                        values = renamed(values)
                 changed = changed + (total,)
             totals = changed
     outputs, inputs = e * (SIDE * SIDE * C * C) + co, (seen * C + ci) * C
