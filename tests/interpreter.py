@@ -35,7 +35,13 @@ def said_multiples_are_some(monkeypatch):
     it. Of C channels that are no such multiple, masks keep loads as narrow as C allows: that must hold."""
 
     def set_attr(handle, name, values):
-        if name == "tt.divisibility":
+        if name == "tt.divisibility" and len(values) == 2:  # of a block of pointers, where runs along an axis begin
+            axis = int(values[1] > 1)
+            places = np.moveaxis(handle.data, axis, 0)
+            size = handle.get_element_ty().primitive_bitwidth // 8
+            begins = np.concatenate([places[:1], places[1:][places[1:] != places[:-1] + size]], axis=None)
+            assert (begins % values[axis] == 0).all(), f"a run begins at no multiple of {values[axis]} bytes"
+        elif name == "tt.divisibility":
             channels = sys._getframe(2).f_locals["C"]  # of the kernel
             needed = math.gcd(values[0], getattr(channels, "value", channels))
             assert (handle.data % needed == 0).all(), f"{handle.data} is no multiple of {needed}"
