@@ -23,6 +23,9 @@ def interpreted() -> bool:
 
 INTERPRETED = tl.constexpr(interpreted())
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+SINCE_3_7 = tl.constexpr(VERSION >= (3, 7))  # what was seen with 3.8 and not with 3.6
+
 
 @triton.jit
 def both(mask, condition):
@@ -121,5 +124,5 @@ def _let_numbers_be_taken():
     interpreter._patch_lang_tensor = patched
 
 
-if interpreted() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+if interpreted() and VERSION < (3, 7):
     _let_numbers_be_taken()

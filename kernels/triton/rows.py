@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import tuning
 from .convolution import activate, open_edges, tap_and_channel
-from .launch import TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
+from .launch import SINCE_3_7, TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
 from .statistics import leave_statistics_of_rows, leave_sums
 
 
@@ -67,21 +67,25 @@ def load_row(
     number than 0 in its place."""
     mask = both(both(mask, y + i >= 0), y + i < H)
     if NORMALIZE:
-        # Both lie in one workspace, as aligned as ROW is. Triton 3.8 loses that where it selects between pointers.
-        ALIGNED: tl.constexpr = 8 if ROW % 8 == 0 else 4 if ROW % 4 == 0 else 1
-        BYTES: tl.constexpr = ALIGNED * pointer.dtype.element_ty.primitive_bitwidth // 8
         found = tl.where(mask, pointer + i * (W * ROW), nothing)
-        return tl.load(tl.multiple_of(found, [1, BYTES] if nothing.shape[0] == 1 else [BYTES, 1]))
+        if SINCE_3_7:
+            # Both lie in one workspace, as aligned as ROW is, which is not known any more behind a choice of pointers.
+            ALIGNED: tl.constexpr = 8 if ROW % 8 == 0 else 4 if ROW % 4 == 0 else 1
+            BYTES: tl.constexpr = ALIGNED * pointer.dtype.element_ty.primitive_bitwidth // 8
+            found = tl.multiple_of(found, [1, BYTES] if nothing.shape[0] == 1 else [BYTES, 1])
+        return tl.load(found)
     return tl.load(pointer + i * (W * ROW), mask=mask, other=0.0)
 
 
 @triton.jit
 def renamed(values):
-    """The same under another name, for the next of the products that share them. Triton 3.8 lets only the first of them
-    have a computed operand in its own layout; for others that ask for the very same it would be stored to shared
-    memory once more, between barriers."""
-    integer: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
-    return values.to(integer, bitcast=True).to(values.dtype, bitcast=True)
+    """The same under another name, for the next product of a row. Since Triton 3.7, of those that ask for
+    the very same, only the first has it computed in its own layout; for the others it would be stored to shared memory
+    once more, between barriers."""
+    if SINCE_3_7:
+        integer: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
+        values = values.to(integer, bitcast=True).to(values.dtype, bitcast=True)
+    return values
 
 
 @triton.jit

@@ -38,7 +38,9 @@ def _gradients(
     PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
     COLUMNS: tl.constexpr = EDGES * ACROSS * P
     # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
-    SWAP: tl.constexpr = COLUMNS >= 64
+    # Then values are stored to shared memory once more. Outputs side by side fill one group, with zeros between them:
+    # a third of barriers and half of what passes through shared memory are left where they do not.
+    SWAP: tl.constexpr = COLUMNS >= (128 if ACROSS > 1 else 64)
     seen, ci = tap_and_channel(chunk, P, WIDE)
     dx, fits = seen * DILATION - PAD, (seen < SIDE + ACROSS - 1) & (ci < C)
     e, across, co = edge_and_output(EDGES, ACROSS, P)
@@ -67,7 +69,7 @@ def _gradients(
         nothing = nothing_ptr + _inputs(ci, SWAP)
         for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
             values = load_row(pointer, nothing, mask, y - PAD, H, W, X_ROW, i, NORMALIZE)
-            values = activate(values, mean, inverse, NORMALIZE, DTYPE)
+            values = activate(values, mean, inverse, NORMALIZE, DTYPE, not SWAP)  # as second operand it would spill
             changed = ()
             for ky in tl.static_range(SIDE):
                 total = totals[ky]

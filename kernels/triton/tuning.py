@@ -10,6 +10,7 @@ from functools import wraps
 
 import triton
 
+from .launch import VERSION
 from .timed import TIMED
 
 # block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
@@ -123,7 +124,10 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 # at a time. Chosen by what the compiler made of them: instructions and passes through the first-level cache, eight
 # warps that fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied,
 # all at a time; with one, as mostly in float32, where two spill, each waits for the one before it. The number of
-# registers is said where the compiler chooses fewer than it needs.
+# registers is said where the compiler chooses fewer than it needs. Newer assemblers take fewer registers than they need
+# if more programs then fit, and there blocks are smaller.
+
+NEWER = VERSION >= (3, 7)
 
 
 def _rows(
@@ -152,14 +156,17 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
     if columns <= 8:
         return _rows(32, 8, 16, 2, across=2) if wide == 8 and in_pairs(width) else _rows(16, 8, 16, 1)
     if wide <= 8 and columns <= 32:
-        return _rows(64, 8, 16, 4) if columns == 32 and width % 16 == 0 else _rows(32, 8, 16, 2)
+        return _rows(64, 4 if width % 16 else 8, 16, 4) if columns == 32 else _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
-        return _rows(32, 16 if width % 16 == 0 else 8, 16, 2) if columns == wide else _rows(32, 4, 16, 2)
+        tall = 16 if width % 16 == 0 and not NEWER else 8
+        return _rows(32, tall, 16, 2) if columns == wide else _rows(32, 4, 16, 2)
     if columns == 32:
         return _rows(32, 8, 16, 2) if width % 8 == 0 and columns == wide else _rows(64, 4, 16, 4)
     if columns == 64:
         return _rows(64, 4, 16, 4) if wide == 16 else _rows(32, 2, 32, 4)
-    return _rows(64, 2, 16, 4) if columns == 128 else _rows(32, 1, 32, 8)
+    if columns == 128:
+        return _rows(32 if width & (width - 1) else 64, 2, 16, 4)
+    return _rows(32, 1, 32, 8)
 
 
 @timed
@@ -178,6 +185,10 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
         return columns | _rows(8 * wide, 4, 16, 2)
     if summed == wide:
         return columns | _rows(64, 8, 16, 4, 208)
+    if NEWER:
+        if summed == 64:
+            return columns | _rows(16, 8, 32, 1)
+        return columns | _rows(32, 8, min(32, summed), 2, 255 if wide == 8 and summed == 16 else None)
     return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 else 8, min(32, summed), 2)
 
 
