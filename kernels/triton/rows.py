@@ -79,9 +79,9 @@ def load_row(
 
 @triton.jit
 def renamed(values):
-    """The same under another name, for the next product of a row. Since Triton 3.7, of those that ask for
-    the very same, only the first has it computed in its own layout; for the others it would be stored to shared memory
-    once more, between barriers."""
+    """The same under another name, for the next product of a row. Since Triton 3.7, of those that ask for the very
+    same, only the first has it computed in its own layout; for the others it would be stored to shared memory once
+    more, between barriers."""
     if SINCE_3_7:
         integer: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
         values = values.to(integer, bitcast=True).to(values.dtype, bitcast=True)

@@ -38,8 +38,8 @@ def _gradients(
     PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
     COLUMNS: tl.constexpr = EDGES * ACROSS * P
     # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
-    # Then values are stored to shared memory once more. Outputs side by side fill one group, with zeros between them:
-    # a third of barriers and half of what passes through shared memory are left where they do not.
+    # Then inputs are stored to shared memory once more, a row at a time. Where the columns are outputs side by side,
+    # with zeros between them, that costs more than it gains: without it a fifth of the barriers is left.
     SWAP: tl.constexpr = COLUMNS >= (128 if ACROSS > 1 else 64)
     seen, ci = tap_and_channel(chunk, P, WIDE)
     dx, fits = seen * DILATION - PAD, (seen < SIDE + ACROSS - 1) & (ci < C)
