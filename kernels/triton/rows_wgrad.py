@@ -39,7 +39,7 @@ def _gradients(
     COLUMNS: tl.constexpr = EDGES * ACROSS * P
     # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
     # Then inputs are stored to shared memory once more, a row at a time. Where the columns are outputs side by side,
-    # with zeros between them, that costs more than it gains: without it a fifth of the barriers is left.
+    # with zeros between them, it is not done: a fifth of the barriers is left (counted, not timed).
     SWAP: tl.constexpr = COLUMNS >= (128 if ACROSS > 1 else 64)
     seen, ci = tap_and_channel(chunk, P, WIDE)
     dx, fits = seen * DILATION - PAD, (seen < SIDE + ACROSS - 1) & (ci < C)
@@ -69,7 +69,7 @@ def _gradients(
         nothing = nothing_ptr + _inputs(ci, SWAP)
         for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
             values = load_row(pointer, nothing, mask, y - PAD, H, W, X_ROW, i, NORMALIZE)
-            values = activate(values, mean, inverse, NORMALIZE, DTYPE, not SWAP)  # as second operand it would spill
+            values = activate(values, mean, inverse, NORMALIZE, DTYPE, not SWAP)  # else, on sm_80, it would spill
             changed = ()
             for ky in tl.static_range(SIDE):
                 total = totals[ky]

@@ -10,7 +10,7 @@ from functools import wraps
 
 import triton
 
-from .launch import VERSION
+from .launch import SINCE_3_7
 from .timed import TIMED
 
 # block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
@@ -127,7 +127,7 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 # registers is said where the compiler chooses fewer than it needs. Newer assemblers take fewer registers than they need
 # if more programs then fit, and there blocks are smaller.
 
-NEWER = VERSION >= (3, 7)
+NEWER = SINCE_3_7.value
 
 
 def _rows(
