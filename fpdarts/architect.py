@@ -1,7 +1,7 @@
 """The architecture half of the bilevel search: a step of alpha and beta on held-out images."""
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ Batch = tuple[Tensor, Tensor]  # images (N, 3, H, W), labels (N,)
 @contextmanager
 def frozen(parameters: Iterable[Tensor]):
     """Parameters whose gradient nobody asks for meanwhile, so that no back end computes it."""
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]  # the others stay as they are
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -35,7 +35,7 @@ class Architect:
         it the gradient is of second order (unrolled), without it of first order.
     step_size: r of the finite difference R = r / ||v||. 0.01 is the published choice; on a network with ReLU and
         max-pooling its gradient is several times off, and a smaller one is closer to the truth in float64.
-    autocast: wraps every forward; makes the context of mixed precision.
+    autocast: wraps every forward; makes the context of mixed precision. None leaves the caller's.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Architect:
     ):
         self.model, self.optimizer, self.loss, self.clip = model, optimizer, loss, clip
         self.weight_optimizer, self.step_size = weight_optimizer, step_size
-        self.autocast = autocast or (lambda: torch.autocast(next(model.parameters()).device.type, enabled=False))
+        self.autocast = autocast or nullcontext
 
     def step(self, validation: Batch, gates: Tensor, train: Batch | None = None) -> tuple[Tensor, Tensor]:
         """One update from a batch of the architecture half; unrolled, also from one of the weight half.

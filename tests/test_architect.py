@@ -71,6 +71,14 @@ def test_first_order_gradient_equals_autograd(setting):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_what_was_frozen_stays_so(setting):
+    model, _, (_, validation), gates = setting
+    model.stem.requires_grad_(False)
+    Architect(model, adam(model), F.cross_entropy).step(validation, gates)
+    assert not any(p.requires_grad for p in model.stem.parameters())
+    assert all(p.requires_grad for p in model.cells.parameters())
+
+
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_a_step_moves_architecture_only_and_statistics_once(setting, unrolled):
     model, sgd, (train, validation), gates = setting
