@@ -152,12 +152,13 @@ class Loader:
             order = torch.arange(len(self.images))
         else:
             order = torch.randperm(len(self.images), generator=generator)
-        order = order[self.rank :: self.ranks][: self._count]
         sizes = None if self._sizes is None else self._sizes[order]
-        if self.augmentation is not None:
+        if self.augmentation is not None:  # for all ranks, of which each then takes its own
             views = Views.drawn(self.augmentation, sizes, len(order), self._side, generator)
         else:
             views = Views() if sizes is None else Views.central(sizes, self._side)
+        share = torch.arange(self.rank, len(order), self.ranks)[: self._count]
+        order, views = order[share], views.at(share)
         size = self.batch_size
         places = [slice(start, start + size) for start in range(first * size, len(self) * size, size)]
         return self._batches(order, views, places)
