@@ -243,7 +243,7 @@ def _random_state() -> dict:
     kind, numbers, gauss = random.getstate()
     state = {"torch": torch.get_rng_state(), "python": [kind, list(numbers), gauss]}
     if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = [torch.cuda.get_rng_state()]  # of the run's own; it may go on where there are fewer
     return state
 
 
@@ -252,4 +252,4 @@ def restore_random_state(state: dict):
     kind, numbers, gauss = state["python"]
     random.setstate((kind, tuple(numbers), gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])

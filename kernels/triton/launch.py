@@ -88,8 +88,10 @@ def launch(function, grid: tuple[int, ...], tensors: dict, moved: float, **argum
         counter.launches[function.fn.__name__] += 1
         counter.bytes[function.fn.__name__] += moved
         counter.all.append(Launch(function, grid, tensors, arguments, moved))
-    if next(iter(tensors.values())).device.type != "meta":
-        function[grid](**tensors, **arguments)
+    first = next(iter(tensors.values()))
+    if first.device.type != "meta":
+        with torch.cuda.device_of(first):  # Triton launches on the current GPU, whatever holds the tensors
+            function[grid](**tensors, **arguments)
 
 
 def padded(channels: int) -> int:
