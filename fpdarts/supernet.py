@@ -166,6 +166,8 @@ class SuperNet(nn.Module):
         """Of all cells at once: on a GPU, a launch or two rather than two a cell."""
         running, new, momenta = [], [], []
         for cell, batch in zip(self.cells, batches):
+            if batch is None:  # of a cell in evaluation
+                continue
             momentum = batch.updated.to(cell.running_mean.dtype)  # 0 for the rows of closed paths, which rest
             for table, values in ((cell.running_mean, batch.mean), (cell.running_variance, batch.variance)):
                 running.append(table)

@@ -225,6 +225,8 @@ def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statisti
     # treats a packed weight alike whichever of its edges are open.
     idle = [weight for name, weight in weights.items() if not _used(spec, name, is_open)]
     idle += [x for i, x in enumerate(inputs) if not _used(spec, f"preprocess{i}", is_open)]
+    if not any(any(is_open[p]) for p, name in zip(spec.path_of_operation, spec.operations) if name != "none"):
+        idle.append(operation_weights)
     out = reduce(lambda total, tensor: total + tensor[:0].sum(), idle, out)
     return out, normalizer.batch_statistics()
 

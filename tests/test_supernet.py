@@ -134,6 +134,13 @@ def test_evaluation_uses_running_statistics():
         assert torch.equal(buffer, before[name]), f"{name} moved in evaluation"
 
 
+def test_a_cell_in_evaluation_keeps_its_statistics():
+    model = build()
+    model.cells[1].eval()
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.ones(model.gate_shape))
+    assert not model.cells[1].running_mean.any() and model.cells[0].running_mean.any()
+
+
 def test_a_closed_network_has_zero_gradients_not_missing_ones():
     model = build()
     gates = torch.ones(model.gate_shape)
@@ -144,6 +151,9 @@ def test_a_closed_network_has_zero_gradients_not_missing_ones():
         assert parameter.grad is not None, f"d_{name} is missing"
         if name.startswith("cells.1.") or (name.startswith("cells.2.sep_conv_3x3")):
             assert not parameter.grad.any(), f"d_{name} must be zero"
+    model.zero_grad()
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.zeros(model.gate_shape)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("size", [(7, 7), (5, 9)], ids=str)
