@@ -172,7 +172,7 @@ def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path
         ("retrain --genotype DARTS_V9", "DARTS_V1"),
         ("retrain --device cpu --kernels triton --data nowhere", "kernels 'triton' cannot run here: "),
         ("retrain --auxiliary-weight 0.4", "auxiliary head meets a 2x2 map"),
-        ("retrain --cells 2", "at least 3 cells"),
+        ("retrain --cells 2", "--cells must be at least 3"),
         ("evaluate --run nowhere", "nowhere holds no run"),
         ("evaluate --run nowhere --batch-size 0", "--batch-size must be at least 1"),
         ("genotype show nowhere.json", "nowhere.json"),
