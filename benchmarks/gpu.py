@@ -3,10 +3,10 @@
     python -m benchmarks.gpu --out DIR [--data CIFAR-10] [--minutes 10] [--parts check-fp32,steps-bf16]
         [--precompiled FILE] [--dry-run]
 
-Needs torch, triton, numpy and pillow, nothing else, and fetches nothing; it runs from the root of a checkout that need
-not be installed. Each part runs in a process of its own, with a time limit, and leaves DIR/<part>.json before the next
-one begins; one that is there already is not run again, so that a second call goes on where time ran out. The summary is
-printed last, and DIR/gpu.json holds everything.
+Needs torch, triton, numpy and pillow (part ``loading`` torchvision, too), nothing else, and fetches nothing; it runs
+from the root of a checkout that need not be installed. Each part runs in a process of its own, with a time limit, and
+leaves DIR/<part>.json before the next one begins; one that is there already is not run again, so that a second call
+goes on where time ran out. The summary is printed last, and DIR/gpu.json holds everything.
 
 --data: a CIFAR-10 archive's folder, an image folder, or a .tar of one. --precompiled: what benchmarks.precompile made.
 Part ``tuning`` writes kernels/triton/timed.py, to be kept. --dry-run: all of it on the CPU, in Triton's interpreter,
@@ -231,8 +231,10 @@ def _data(options) -> str:
     if path.suffix in (".tar", ".gz", ".tgz"):
         target = Path(options.out) / "data"
         if not target.exists():
+            unpacked = target.with_suffix(".partial")  # a part that is killed meanwhile leaves no half of it as data
             with tarfile.open(path) as archive:
-                archive.extractall(target, filter="data")
+                archive.extractall(unpacked, filter="data")
+            unpacked.rename(target)
         inside = [entry for entry in target.iterdir() if entry.is_dir()]
         path = inside[0] if len(inside) == 1 else target
     return str(path)

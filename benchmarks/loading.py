@@ -212,7 +212,7 @@ def on_device(device: str, dry_run: bool) -> dict:
     """Every reader on a device, with images that are made up: is it right, and how fast? For benchmarks.gpu."""
     dali = ("dali",) if dali_installed() else ()
     counts = {"imagenet": (16, 64) if dry_run else (1024, 320), "cifar": (40 if dry_run else 5000, 32)}
-    result = {}
+    result = {"graph": _check_graph()} if device == "cuda" else {}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, FPDARTS_CACHE=f"{folder}/cache"):
         for protocol, (count, side) in counts.items():
             path = made_up(Path(folder) / protocol, protocol, count, side)
@@ -224,7 +224,7 @@ def on_device(device: str, dry_run: bool) -> dict:
             levels = {reader: agreement(options, reader) for reader in readers}
             result[protocol] = {"levels": levels, **main(options)}
             print(protocol, levels, show(result[protocol], options), sep="\n")
-    return result | ({"graph": _check_graph()} if device == "cuda" else {})
+    return result
 
 
 def _check_graph() -> str:

@@ -202,7 +202,9 @@ class DerivedNetwork(nn.Module):
     kernels: the back end that computes cells, by name; whether it can run is known at the first forward, from the
         images' device.
 
-    The memory format is the caller's: with images and network in torch.channels_last all maps stay in it.
+    The memory format is the caller's: with images and network in torch.channels_last all maps stay in it. A cell
+    computes with the parameters and buffers of its modules, which are not called: hooks on them are not either, and
+    whether the batch's statistics or the running ones normalize depends on the cell's ``training``, not on theirs.
     Raises ValueError for an argument that makes no network.
     """
 
