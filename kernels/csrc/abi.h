@@ -1,5 +1,5 @@
-// What Python passes. kernels/native/library.py declares the same fields in the same order; FPDARTS_ABI tells a library
-// that was built from other sources.
+// What Python passes. kernels/native/library.py declares the same fields in the same order. FPDARTS_ABI, there as well,
+// is to be raised with each change of them: a library of another number is refused.
 #pragma once
 
 #include <cstdint>

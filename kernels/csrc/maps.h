@@ -1,7 +1,6 @@
 // Whole maps of one image and block: tiles with a margin, poolings, and the channel shuffle.
 #pragma once
 
-#include <cfloat>
 #include <vector>
 
 #include "convolution.h"

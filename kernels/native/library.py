@@ -70,6 +70,8 @@ def library() -> ctypes.CDLL:
     asked = os.environ.get("FPDARTS_NATIVE_ISA")
     if asked not in (None, "", "avx2", "avx512"):
         raise LibraryError(f"FPDARTS_NATIVE_ISA is {asked!r}; set it to avx2 or avx512, or not at all")
+    if asked and asked != lib.fpdarts_isa().decode():
+        raise LibraryError(f"FPDARTS_NATIVE_ISA is {asked}, which this processor does not have; set it to avx2")
     return lib
 
 

@@ -14,6 +14,7 @@ from .. import require_stage
 from ..spec import EPSILON
 from .library import (
     PartArguments,
+    at_least_two_values,
     channels_last,
     channels_last_slice,
     float32_only,
@@ -242,6 +243,7 @@ def factorized_reduction(x, even, odd):
 def normalize(raw, weight=None, statistics=None):
     float32_only(raw)
     if statistics is None:
+        at_least_two_values(raw.shape[0], *raw.shape[2:])
         variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
         pixels = raw.numel() // raw.shape[1]
         told = mean.detach(), variance.detach() * (pixels / (pixels - 1))
