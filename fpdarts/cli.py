@@ -124,14 +124,15 @@ Command = (
 _DESCRIPTION = "Fast parallel differentiable architecture search: search, retrain, evaluate."
 _CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
-_NO_MEMORY = "out of memory", "allocate memory"  # as PyTorch says it, on CUDA and on a CPU
+_NO_MEMORY = "out of memory", "allocate memory", "overflowed"  # as PyTorch says it, on CUDA and on a CPU
 # A resumed run may move to another machine; all else must be as it was, or it would not be the same run.
 _MAY_CHANGE = {"resume", "json", "out", "device", "loader", "workers", "kernels", "verify_every", "cuda_graphs"}
+_MAY_MOVE = {"data", "skip", "split"}  # a checkpoint tells whether their content is the same
 
 
 def main(arguments: list[str] | None = None):
     """Exit status: 0 done, 1 an error of this project's own (one line on standard error), 2 wrong usage."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, command = sys.argv[1:] if arguments is None else arguments, None
     try:
         command = tyro.cli(
             Command, prog="fpdarts", description=_DESCRIPTION, args=arguments,
@@ -152,7 +153,9 @@ def main(arguments: list[str] | None = None):
         print(f"error: {told}; a smaller --batch-size or --init-channels needs less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; a run goes on with --resume and its --out", file=sys.stderr)
+        runs = isinstance(command, (SearchConfig, RetrainConfig))
+        go_on = "; if its run directory was told, it goes on with --resume and that as --out" if runs else ""
+        print(f"interrupted{go_on}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -181,17 +184,18 @@ def _run(command, arguments):
 
 def _as_saved(command, arguments):
     """The saved configuration of the run to resume; flags that would change it are refused."""
-    from fpdarts.run import read_config
+    from fpdarts.run import newest_checkpoint, read_config
 
     if command.out is None:
         raise RunError("--resume needs --out, the directory of the run to go on with")
+    may_change = _MAY_CHANGE | (_MAY_MOVE if newest_checkpoint(Path(command.out)) else set())
     saved = replace(read_config(Path(command.out), type(command)), out=command.out, resume=True)
     # Parsed again over what was saved: what differs then was given on the command line. A flag that was saved as true
     # may be given again, for which it must keep both of its forms (--unrolled, --no-unrolled).
     asked = tyro.cli(type(command), args=arguments[1:], default=saved, config=_CONF)
     for field in fields(asked):
         old, new = getattr(saved, field.name), getattr(asked, field.name)
-        if old != new and field.name not in _MAY_CHANGE:
+        if old != new and field.name not in may_change:
             flag = field.name.replace("_", "-")
             raise RunError(
                 f"--{flag} {new} would change the run in {command.out}, which has {old}; leave it out to resume"
@@ -274,7 +278,7 @@ def _genotype(action):
     if isinstance(action, Import):
         origin = "standard input" if action.text == "-" else action.text
         try:
-            text = sys.stdin.read() if action.text == "-" else Path(action.text).read_text(encoding="utf-8")
+            text = sys.stdin.read() if action.text == "-" else Path(action.text).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{origin}: not text in UTF-8: {error}") from None
         Genotype.parse(text, origin).save(action.out)

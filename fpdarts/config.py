@@ -51,7 +51,7 @@ class RunConfig:
     device: str = "auto"
     """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
     amp: Amp | None = None
-    """Mixed precision: bf16 on CUDA and off elsewhere if not given."""
+    """Mixed precision, bf16 on CUDA; off elsewhere, and there bf16 is refused."""
     cuda_graphs: bool = True
     """On CUDA, run a whole step as one graph, where the kernels allow it."""
     loader: Reader = "auto"
@@ -200,7 +200,8 @@ def resolved(config: SearchConfig | RetrainConfig, protocol: str) -> SearchConfi
         defaults = {name: value for name, value in defaults.items() if name not in FRACTIONS}
     config = replace(config, protocol=protocol, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if searching and config.architecture_from is None:
-        config = replace(config, architecture_from=round(config.epochs * ARCHITECTURE_START[protocol]))
+        start = min(round(config.epochs * ARCHITECTURE_START[protocol]), config.epochs - 1)
+        config = replace(config, architecture_from=start)
     require_in_range(config)
     return config
 
@@ -234,6 +235,9 @@ def require_in_range(config: SearchConfig | RetrainConfig | EvaluateConfig):
         if not fine:
             raise ValueError(f"--{field.replace('_', '-')} must be {what}, not {getattr(config, field)}")
 
+    for field in fields(config):
+        value = getattr(config, field.name)
+        require(field.name == "seed" or not isinstance(value, int) or value < 2**31, field.name, "below 2**31")
     for what, (fits, names) in _RANGES.items():
         for field in names.split():
             if (value := getattr(config, field, None)) is not None:

@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -47,14 +48,16 @@ class Run:
             self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=len(self.metrics))
 
     @classmethod
-    def open(cls, command: str, config, data, stateful: dict) -> tuple["Run", int]:
+    def open(cls, command: str, config, data, stateful: dict, parts: Sequence = ()) -> tuple["Run", int]:
         """The run of a resolved configuration, and the epoch it starts with.
 
         A new run, or with ``config.resume`` the one in ``config.out``, whose newest readable checkpoint is then loaded.
 
-        stateful: name -> what has state_dict and load_state_dict. data: ImageData, which must be what it was.
+        stateful: name -> what has state_dict and load_state_dict. data: ImageData, which must be what it was; so must
+        be parts of its training images, if their lists are files of their own.
         """
-        facts = {"classes": list(data.classes), "training_images": len(data.train), "listing": data.listing()}
+        facts = {"classes": list(data.classes), "training_images": len(data.train), "listing": data.listing(data.train)}
+        facts |= {f"part_{i}": data.listing(part) for i, part in enumerate(parts)}
         if not config.resume:
             out = config.out or Path("runs") / f"{command}-{Path(data.source).name}-{datetime.now():%Y%m%d-%H%M%S}"
             run, first_epoch = cls.create(Path(out), command, as_dict(config)), 0
@@ -64,8 +67,9 @@ class Run:
             if checkpoint is not None:
                 # Only what it has: a run that an older version began has no listing.
                 if any(facts.get(name) != value for name, value in checkpoint["data"].items()):
+                    lists = " (or --split is not)" if parts else ""
                     raise RunError(
-                        f"{data.source} is not the data that the run in {config.out} began with; restore them"
+                        f"{data.source} is not the data that the run in {config.out} began with{lists}; restore them"
                     )
                 for name, item in stateful.items():
                     restore(item, checkpoint, name, run.path)
@@ -88,6 +92,12 @@ class Run:
             raise RunError(
                 f"{path} is not an empty directory: a run never overwrites another; choose a new --out, or add --resume"
             )
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError:
+            raise RunError(
+                f"{str(path)!a} is no name in UTF-8, which TensorBoard needs; choose another --out"
+            ) from None
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, [])
         run.write_json("config.json", {"command": command, "version": version(), **config})  # first: now it is a run
@@ -104,6 +114,8 @@ class Run:
             raise RunError(
                 f"{path / 'metrics.jsonl'} has {len(metrics)} epochs, the checkpoint {done}: lines are missing"
             )
+        if checkpoint is None and len(metrics) > 1:  # one, if it was stopped before the first checkpoint
+            raise RunError(f"{path} has metrics of {len(metrics)} epochs, but no checkpoint; restore one")
         return cls(path, metrics[:done]), checkpoint
 
     def write_json(self, name: str, content: dict):
@@ -179,8 +191,8 @@ def read_metrics(path: Path) -> list[dict]:
             metrics.append(json.loads(line))
         except ValueError:
             metrics.append(None)
-        if not isinstance(metrics[-1], dict) or "epoch" not in metrics[-1]:
-            raise RunError(f"{file}: line {number} holds no epoch's metrics; restore the file from a copy")
+        if not isinstance(metrics[-1], dict) or metrics[-1].get("epoch") != number - 1:
+            raise RunError(f"{file}: line {number} is not of epoch {number - 1}; restore the file from a copy")
     return metrics
 
 

@@ -55,7 +55,8 @@ def search(config: SearchConfig) -> dict:
     _try_out(config, data)
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
-    run, first_epoch = Run.open("search", config, data, stateful)
+    parts = [] if config.split is None else [loader.images for loader in (weight_loader, architecture_loader)]
+    run, first_epoch = Run.open("search", config, data, stateful, parts)
     if run.result is not None:
         return run.result
     print(told, told_reader, sep="\n", file=sys.stderr)
@@ -64,6 +65,8 @@ def search(config: SearchConfig) -> dict:
         prepare_optimizer(optimizer, device)  # again: the state may come from another device
     if config.gates == "fixed":
         _report_untrained(model, gates)
+    if config.architecture_from >= config.epochs:
+        print("no epoch has architecture steps: the genotype is that of random numbers", file=sys.stderr)
 
     top5, steps = data.protocol == "imagenet", len(weight_loader)
     progress = Progress(config.epochs, steps, first_epoch)

@@ -247,8 +247,14 @@ def test_search_reads_the_lists(splittable, tmp_path, capsys):
     assert status == 0, err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["split"] == str(tmp_path / "split")
     assert "loader: resident" in err
-    status, _, err = run(capsys, "search", "--resume", "--out", tmp_path / "run")
-    assert status == 0, err
+    moved = (tmp_path / "split").rename(tmp_path / "moved")
+    again = ["search", "--resume", "--out", tmp_path / "run", "--split", moved]
+    assert run(capsys, *again)[0] == 0
+    lists = [(moved / name).read_text() for name in ("weights.txt", "architecture.txt")]
+    for name, text in zip(("architecture.txt", "weights.txt"), lists):
+        (moved / name).write_text(text)
+    status, _, err = run(capsys, *again)
+    assert status == 1 and "(or --split is not)" in err
     for given in ("--limit 9", "--weight-fraction 0.5", "--architecture-fraction 0.1"):
         status, _, err = run(capsys, *arguments[:5], *given.split())
         assert status == 1 and f"{given.split()[0]} and --split exclude each other" in err
@@ -259,6 +265,9 @@ def test_a_run_goes_on_with_the_same_files_only(splittable, tmp_path, capsys):
     options = "--epochs 1 --init-channels 4 --cells 3 --batch-size 6 --architecture-from 0".split()
     status, _, err = run(capsys, "search", "--data", splittable, *again[2:], *options)
     assert status == 0, err
+    splittable = splittable.rename(tmp_path / "moved")
+    again += "--data", splittable
+    assert run(capsys, *again)[0] == 0
     one, other = splittable / "train" / "cat" / "7.jpg", splittable / "train" / "dog" / "9.jpg"
     one.rename(other)
     status, _, err = run(capsys, *again)

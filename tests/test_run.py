@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -31,6 +32,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         run.write_json("result.json", {"a": 2})
     assert json.loads((run.path / "result.json").read_text()) == {"a": 1}
     assert not list(run.path.glob(".*")), "a temporary file was left behind"
+
+
+def test_links_and_what_is_no_file_stay(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "pipe"):
+        with files.replacing(tmp_path / name) as file:
+            file.write(b"text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "text"
+    assert (tmp_path / "pipe").is_fifo() and os.read(reader, 9) == b"text"
+    os.close(reader)
 
 
 def written(path, epochs):
@@ -84,12 +97,12 @@ def test_a_checkpoint_of_something_else_is_refused():
         runs.restore(model, {}, "model", "out")
 
 
-@pytest.mark.parametrize("line", ["null", "{", "{}", "3"])
+@pytest.mark.parametrize("line", ["null", "{", "{}", "3", '{"epoch": 7}'])
 def test_a_line_without_metrics_is_named(tmp_path, line):
     run = written(tmp_path / "run", 1)
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(RunError, match="metrics.jsonl: line 2 holds no epoch's metrics"):
+    with pytest.raises(RunError, match="metrics.jsonl: line 2 is not of epoch 1"):
         runs.read_metrics(run.path)
 
 
@@ -113,6 +126,14 @@ def test_lost_metrics_are_an_error(tmp_path):
     run = written(tmp_path / "run", 3)
     (run.path / "metrics.jsonl").write_text("")
     with pytest.raises(RunError, match="metrics.jsonl has 0 epochs, the checkpoint 3"):
+        Run.resume(run.path)
+
+
+def test_lost_checkpoints_are_an_error(tmp_path):
+    run = written(tmp_path / "run", 3)
+    for file in (run.path / "checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(RunError, match="has metrics of 3 epochs, but no checkpoint"):
         Run.resume(run.path)
 
 

@@ -90,9 +90,15 @@ class Images:
 
     def parts(self, weights: float, architecture: float, seed: int) -> tuple["Images", "Images"]:
         """Two disjoint parts for a search, balanced over the classes: these fractions of all. Raises as split does."""
-        first, rest = self.split(weights, seed)
         share = architecture / (1 - weights)
-        return first, rest if share > 1 - 1e-9 else rest.split(share, seed)[0]
+        try:
+            first, rest = self.split(weights, seed)
+            return first, rest if share > 1 - 1e-9 else rest.split(share, seed)[0]
+        except DataError:
+            raise DataError(
+                f"{len(self)} training images are too few for parts of {weights} (weights) and {architecture} "
+                "(architecture) of them: raise --weight-fraction and --architecture-fraction, or use more images"
+            ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +116,11 @@ class ImageData:
     test: Images
     image_size: int
 
-    def listing(self) -> str:
-        """A digest of the training images' names, relative to the source, and labels: other files give another."""
-        digest = hashlib.blake2b(self.train.labels.numpy().tobytes(), digest_size=16)
+    def listing(self, images: Images) -> str:
+        """A digest of the names, relative to the source, and labels of some of its images: other files give another."""
+        digest = hashlib.blake2b(images.labels.numpy().tobytes(), digest_size=16)
         prefix = f"{Path(self.source).expanduser()}{os.sep}"
-        for path in self.train.paths or ():
+        for path in images.paths or ():
             digest.update(os.fsencode(path.removeprefix(prefix)) + b"\0")
         return digest.hexdigest()
 
