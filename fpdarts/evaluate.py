@@ -34,7 +34,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         raise DataError(
             f"{data.source} has other classes than the {len(classes)} that {config.run} was trained on: {names}"
         )
-    amp = select_amp(config.amp, device)
+    amp = select_amp(config.amp, device, training=False)
     serving, told = select_kernels("auto", amp, device, "derived_cell")  # maybe another machine
     network = build_network(replace(trained, kernels=serving), genotype, len(classes))
     restore(network, checkpoint, "model", config.run)

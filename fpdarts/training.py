@@ -29,8 +29,12 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def select_amp(amp: str | None, device: torch.device) -> str:
-    """``off`` or ``bf16``; of None what the device is fastest in."""
+def select_amp(amp: str | None, device: torch.device, training: bool = True) -> str:
+    """``off`` or ``bf16``; of None what the device is fastest in. Raises ValueError for bf16 that trains wrongly."""
+    if amp == "bf16" and device.type == "cpu" and training:
+        raise ValueError(
+            "--amp bf16 trains on CUDA only: PyTorch's gradients on a CPU are wrong with it; use --amp off"
+        )
     return amp or ("bf16" if device.type == "cuda" else "off")
 
 

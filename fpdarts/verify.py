@@ -156,10 +156,12 @@ def _verify_cell(where: str, amp: str, seed: int, cell: Cell, arguments: tuple):
         errors = {tensor: min(error, again.get(tensor, error)) for tensor, error in errors.items()}
     worst = max(errors, key=excess, default=None)
     if worst is not None and excess(worst) > 1:
+        cure = "the run goes on from its last checkpoint with --kernels reference, --resume and its --out"
+        if name == "reference":
+            cure = "start anew with --amp off"
         raise KernelMismatch(
             f"{where} {worst} is off by {errors[worst]:.1e}, relative; allowed {allowed(worst):g} (kernels {name} "
-            f"against reference). `fpdarts check-kernels --kernels {name}` says more; the run goes on from its last "
-            "checkpoint with --kernels reference, --resume and its --out"
+            f"against reference). `fpdarts check-kernels --kernels {name}` says more; {cure}"
         )
 
 
