@@ -191,6 +191,7 @@ FOLDER_ERRORS = {
     ),
     "class only in train": (remove("test/dog"), None, r"train has classes that .*test lacks: dog"),
     "class only in test": (remove("train/dog"), None, r"test has classes that .*train lacks: dog"),
+    "one class": (remove("train/dog", "test/dog"), None, r"cat is the only class"),
     "no class folders": (remove("train/cat", "train/dog"), None, r"train: no images"),
     "no images": (
         remove(*(f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(3))),

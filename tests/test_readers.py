@@ -275,21 +275,24 @@ def test_a_file_that_is_damaged_later_is_named(tmp_path, reader):
 
 @needs_dali
 def test_a_file_that_only_dali_cannot_decode_is_named(tmp_path):
-    """Under the name of a JPEG, where it is found when it is decoded."""
-    data = open_data(write_jpegs(tmp_path, lambda number: (90, 70)), image_size=32)
-    Image.fromarray(random_pixels(70, 90, 3)).save(data.train.paths[9], format="GIF")
-    assert len(all_of(make(data.train, data, "torchvision", augmentation("imagenet", "search")).epoch(0))[1]) == 14
+    """Under the name of a JPEG: where all files are opened first, then; otherwise when it is decoded."""
+    data = open_data(write_jpegs(tmp_path, lambda number: (32, 32)))
+    Image.fromarray(random_pixels(32, 32, 3)).save(data.train.paths[9], format="GIF")
+    assert len(all_of(make(data.train, data, "torchvision", Augmentation()).epoch(0))[1]) == 14
     with pytest.raises(DataError, match=r"train/dog/2.jpg: DALI cannot decode it, though Pillow can .*skip it"):
-        all_of(make(data.train, data, "dali", augmentation("imagenet", "search")).epoch(0))
+        all_of(make(data.train, data, "dali", Augmentation()).epoch(0))
+    data = open_data(tmp_path, "imagenet", image_size=32)
+    with pytest.raises(DataError, match=r"train/dog/2.jpg: DALI cannot decode it as Pillow does"):
+        make(data.train, data, "dali", augmentation("imagenet", "search"))
 
 
 @needs_dali
 @pytest.mark.parametrize("kind", ODD_FILES)
 def test_files_that_dali_would_show_otherwise_are_refused_and_told(tmp_path, kind):
     suffix, write, differs = ODD_FILES[kind]
-    for part in ("train", "test"):
-        (tmp_path / part / "only").mkdir(parents=True)
-        write(tmp_path / part / "only" / f"odd.{suffix}")
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder / f"odd.{suffix}")
     findings = check_folder(tmp_path)["findings"]
     assert ("not for DALI" in findings) == differs
     assert ("TIFF with a rotation tag" in findings) == (kind == "TIFF, turned")
@@ -297,6 +300,7 @@ def test_files_that_dali_would_show_otherwise_are_refused_and_told(tmp_path, kin
     if differs:
         with pytest.raises(DataError, match=rf"odd.{suffix}: DALI cannot decode it as Pillow does"):
             make(data.test, data, "dali")
+        assert select_reader("auto", data)[0] == ("dali" if suffix in ("jpg", "png") else "torchvision")
     else:
         assert torch.equal(*(all_of(make(data.test, data, reader).epoch())[0] for reader in ("dali", "torchvision")))
 

@@ -27,7 +27,7 @@ class DaliReader:
     DALI decodes otherwise than Pillow, or not at all."""
 
     def __init__(self, images: Images, side: int, resized: bool, batch_size: int, device: torch.device, workers: int):
-        if images.pixels is None:
+        if images.pixels is None and not resized:  # else the Loader has looked at them all
             refuse_for_dali(images.paths)
         self._images, self._side, self._resized, self._batch_size = images, side, resized, batch_size
         self._device, self._workers = device, workers
@@ -149,9 +149,16 @@ class DaliReader:
                 try:
                     pipeline.run()
                 except RuntimeError as found:
-                    reason = " ".join(str(found).split())[:300]
-                    return DataError(f"{path}: DALI cannot decode it, though Pillow can ({reason}); convert or skip it")
-        return DataError(f"DALI failed ({' '.join(str(error).split())[:500]}); try --loader torchvision")
+                    return DataError(
+                        f"{path}: DALI cannot decode it, though Pillow can ({_reason(found)}); convert or skip it, or "
+                        "choose --loader torchvision"
+                    )
+        return DataError(f"DALI failed ({_reason(error)}); try --loader torchvision")
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI says of it, without the traceback through its pipeline that it says first."""
+    return " ".join(str(error).rpartition("encountered:")[2].split())[:500]
 
 
 class _Source:

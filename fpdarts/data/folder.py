@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +67,8 @@ def list_folder(path: Path, skip: frozenset[str] = frozenset()) -> tuple[tuple[s
     ):
         if names:
             raise DataError(f"{here} has classes that {there} lacks: {_some(names)}; both need the same class folders")
+    if len(classes) == 1:
+        raise DataError(f"{path}: {classes[0]} is the only class; at least two are needed, a folder each")
     return classes, _list_files(path / "train", classes, skip), _list_files(test, classes, skip)
 
 
@@ -192,20 +195,26 @@ def _middle(image: Image.Image, side: int) -> Tensor:
     return transforms.crop(whole, *views.corner[0].tolist(), side, side).permute(1, 2, 0)
 
 
-def header_sizes(paths: tuple[str, ...]) -> Tensor:
-    """(n, 2) int64 height and width of every file, from its header. Raises DataError naming the first that is none."""
-    return torch.tensor(list(itertools.chain(*in_chunks(_header_sizes, paths))))
+def header_sizes(paths: tuple[str, ...], for_dali: bool = False) -> Tensor:
+    """(n, 2) int64 height and width of every file, from its header. Raises DataError naming the first that is none, or,
+    for_dali, that the loader dali cannot take."""
+    return torch.tensor(list(itertools.chain(*in_chunks(partial(_header_sizes, for_dali=for_dali), paths))))
 
 
-def _header_sizes(paths: tuple[str, ...]) -> list[tuple[int, int]]:
+def _header_sizes(paths: tuple[str, ...], for_dali: bool) -> list[tuple[int, int]]:
     sizes = []
     for path in paths:
         try:
             with Image.open(path) as image:
+                refused = for_dali and not_for_dali(image)
                 sizes.append(image.size[::-1])
                 image.verify()  # the checksums of a PNG; of a JPEG nothing
         except Exception as error:
             raise _unreadable(path, error) from error
+        if refused:
+            raise DataError(
+                f"{path}: DALI cannot decode it as Pillow does; convert or skip it, or choose --loader torchvision"
+            )
     return sizes
 
 
@@ -240,25 +249,9 @@ def _has_odd_chunk(path: str) -> bool:
 def refuse_for_dali(paths: tuple[str, ...]) -> None:
     """Raises DataError naming the first file that the loader dali cannot take.
 
-    What is named as a JPEG or PNG is not looked at: a million files are not opened to find one of a wrong name, which
-    decoding names as well.
+    What is named as a JPEG or PNG is not looked at: a million files are not opened to find one of a wrong name.
     """
-    others = tuple(path for path in paths if not path.lower().endswith((".jpg", ".jpeg", ".png")))
-    for _ in in_chunks(_refuse_for_dali, others):
-        pass
-
-
-def _refuse_for_dali(paths: tuple[str, ...]) -> None:
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                refused = not_for_dali(image)
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        if refused:
-            raise DataError(
-                f"{path}: DALI cannot decode it as Pillow does; convert or skip it, or choose --loader torchvision"
-            )
+    header_sizes(tuple(path for path in paths if not path.lower().endswith((".jpg", ".jpeg", ".png"))), for_dali=True)
 
 
 def wrong_size(path: str, size: tuple[int, int], side: int) -> DataError:
@@ -301,4 +294,7 @@ def cores() -> int:
 
 
 def _unreadable(path: str, error: Exception) -> DataError:
-    return DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); repair or remove it")
+    return DataError(
+        f"{path}: cannot be read as an image ({type(error).__name__}: {error}); repair it, or remove or skip it (not "
+        "once a run has begun: that goes on with a readable image of the same name)"
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fpdarts.data.augment import Augmentation, Views, cut_out_, jitter_
-from fpdarts.data.folder import cores, header_sizes
+from fpdarts.data.folder import cores, header_sizes, refuse_for_dali
 from fpdarts.data.images import ImageData, Images
 from fpdarts.errors import DataError
 
@@ -32,6 +32,10 @@ def select_reader(name: str, data: ImageData) -> tuple[str, str]:
             return "resident", "loader: resident (the images fit into memory)"
         if missing:
             return "torchvision", f"loader: torchvision ({missing})"
+        try:
+            refuse_for_dali((data.train.paths or ()) + (data.test.paths or ()))
+        except DataError as error:
+            return "torchvision", f"loader: torchvision ({error})"
         return "dali", "loader: dali (the fastest for files)"
     if name not in READERS:
         raise ValueError(f"unknown loader {name!r}; one of: auto, {', '.join(READERS)}")
@@ -190,7 +194,7 @@ class Loader:
         """(n, 2) heights and widths; None where all images have the size that the network reads."""
         if data.protocol != "imagenet" or self.images.pixels is not None:
             return None
-        return header_sizes(self.images.paths)
+        return header_sizes(self.images.paths, for_dali=self.reader == "dali")
 
     def _make_reader(self, workers: int):
         """A function of (order, views, places) that yields the bytes of each place's images, (B, 3, H, H)."""
