@@ -57,6 +57,9 @@ def count_genotype(
         raise ValueError(f"unknown stem {stem!r}; the stems are: {', '.join(STEMS)}")
     if num_classes is None:
         num_classes = _NUM_CLASSES[stem]
+    for name, value in {"init_channels": init_channels, "cells": cells, "num_classes": num_classes}.items():
+        if value >= 2**31:
+            raise ValueError(f"{name} must be below 2**31, got {value}")
     with torch.device("meta"):
         network = DerivedNetwork(genotype, num_classes, init_channels, cells, stem, auxiliary=False)
     return count(network, _IMAGE_SIZE[stem])

@@ -93,13 +93,15 @@ class Genotype:
     def load(cls, path: str | os.PathLike) -> "Genotype":
         """Read what save wrote. Raises GenotypeError, which names the file, also if it cannot be read."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # with a mark before it, as editors of Windows write it
         except (OSError, ValueError) as error:
             raise GenotypeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise GenotypeError(f"{path}: not JSON: {error}") from error
+            raise GenotypeError(
+                f"{path}: not JSON: {error}; text as papers print it is read by `fpdarts genotype import`"
+            ) from error
         try:
             return cls.from_dict(values)
         except GenotypeError as error:
