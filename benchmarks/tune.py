@@ -110,7 +110,7 @@ def distinct(launches) -> dict[str, list]:
 # kernel -> the rule in tuning.py that it has its options from, and that rule's arguments
 RULES = {
     "rows_fwd_kernel": ("rows_forward", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
-    "rows_dgrad_kernel": ("rows_data_gradient", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
+    "rows_dgrad_kernel": ("rows_data_gradient", "P", "COLUMNS", "W", "STRIDE", "PRECISION", "SIZE"),
     "rows_wgrad_kernel": ("rows_weight_gradient", "P", "COLUMNS", "W", "PRECISION", "SIZE"),
     "convolve_fwd_kernel": ("convolution", "P_IN", "COLUMNS", "W", "PRECISION", "SIZE"),
     "convolve_dgrad_kernel": ("data_gradient", "P_IN", "COLUMNS", "STRIDE", "PRECISION", "SIZE"),

@@ -28,7 +28,7 @@ class Plan(Layout):
         """The most tiles that a map is cut into, which leave shares of its statistics or of sums."""
         edges = {1, *(padded(len(rows)) for rows in self.spec.rows_by_source)}
         options = [forward_options(self.c, count, self.outer[1], self.dtype) for count in edges]
-        options.append(data_gradient_options(self.c, 1, self.outer[1], self.dtype))
+        options.append(data_gradient_options(self.c, 1, self.outer[1], 1, self.dtype))
         found = [tuning.tiles(max(self.m, self.m_in))]
         found += [pool_tiles(self.n, self.outer, self.c, self.dtype, stride) for stride in (1, 2)]
         return max(*found, *(rows_shares(self.n, self.outer, o) for o in options))

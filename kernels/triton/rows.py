@@ -385,9 +385,9 @@ def rows_fwd(
     return rows_shares(n, size, options)
 
 
-def data_gradient_options(c: int, edges: int, width: int, dtype: torch.dtype) -> dict:
+def data_gradient_options(c: int, edges: int, width: int, stride: int, dtype: torch.dtype) -> dict:
     options, wide = dot_options(dtype), padded(edges) * padded(c)
-    return options | tuning.rows_data_gradient(padded(c), wide, width, options["PRECISION"], dtype.itemsize)
+    return options | tuning.rows_data_gradient(padded(c), wide, width, stride, options["PRECISION"], dtype.itemsize)
 
 
 def rows_dgrad(
@@ -399,7 +399,7 @@ def rows_dgrad(
     normalize."""
     if not normalize:  # one alone would be a kernel of its own, and spill; of fewer than 16 columns loads are narrow
         edges = max(edges, 2, 16 // padded(c))
-    options = data_gradient_options(c, edges, size[1], dx.dtype)
+    options = data_gradient_options(c, edges, size[1], stride, dx.dtype)
     out_size = tuple(pieces(side, stride) for side in size)
     tensors = {
         "d_ptr": d, "weight_ptr": weight, "x_ptr": x, "dx_ptr": dx, "partial_ptr": partial,

@@ -158,8 +158,9 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
     if wide <= 8 and columns <= 32:
         return _rows(64, 4 if width % 16 else 8, 16, 4) if columns == 32 else _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
-        tall = 16 if width % 16 == 0 and not NEWER else 8
-        return _rows(32, tall, 16, 2) if columns == wide else _rows(32, 4, 16, 2)
+        if columns > wide:
+            return _rows(32, 4, 16, 2)
+        return _rows(32, 8, 16, 2, 168) if NEWER else _rows(32, 16 if width % 16 == 0 else 8, 16, 2)
     if columns == 32:
         return _rows(32, 8, 16, 2) if width % 8 == 0 and columns == wide else _rows(64, 4, 16, 4)
     if columns == 64:
@@ -170,7 +171,7 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
 
 
 @timed
-def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size: int) -> dict:
+def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precision: str, size: int) -> dict:
     """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
     columns = {"COLUMNS": min(wide, 64)}
     if size == 4 and precision == "ieee":
@@ -182,10 +183,12 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
     if summed == wide == 8 and in_pairs(width):
         return columns | _rows(64, 8, 16, 4, 208, across=2)
     if summed <= 8:
-        return columns | _rows(8 * wide, 4, 16, 2)
+        return columns | _rows(8 * wide, 4, 16, 2, 168 if NEWER else None)
     if summed == wide:
         return columns | _rows(64, 8, 16, 4, 208)
     if NEWER:
+        if stride == 2 and summed > 16:
+            return columns | _rows(32, 4, 32, 2)
         if summed == 64:
             return columns | _rows(16, 8, 32, 1)
         return columns | _rows(32, 8, min(32, summed), 2, 255 if wide == 8 and summed == 16 else None)
@@ -195,7 +198,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, precision: str, size:
 @timed
 def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     if size == 4 and precision == "ieee":
-        return _rows(16, 2 if columns < 64 else 1, 16, 4 if columns < 64 else 8, stages=1)
+        return _rows(16, 2 if columns < 64 else 1, 16, 8 if columns >= 64 or wide >= 32 else 4, stages=1)
     if size == 4:
         return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
     if in_pairs(width) and (wide in (8, 16) or columns == wide == 32):
