@@ -55,8 +55,8 @@ def library() -> ctypes.CDLL:
     path = Path(__file__).parent / NAME
     if not path.is_file():
         raise LibraryError(
-            "they were not built when fpdarts was installed (a C++17 compiler is needed); install one, such as "
-            "g++, and install fpdarts again, or use --kernels reference"
+            "they were not built when fpdarts was installed, which takes x86-64, a C++17 compiler such as g++, and "
+            "FPDARTS_NATIVE not set to off; install it again, or use --kernels reference"
         )
     try:
         lib = ctypes.CDLL(str(path))
