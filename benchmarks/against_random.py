@@ -2,18 +2,21 @@
 
     python -m benchmarks.against_random --seeds 5 --out DIR [--data digits] [--json]
 
-DIR holds a directory a run and results.json; runs that are there already are not repeated.
+DIR holds a directory a run and results.json; runs that are there already are not repeated, and those that were stopped
+go on.
 """
 
-import json
 import random
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from benchmarks import report
 from fpdarts.config import RetrainConfig, SearchConfig
 from fpdarts.genotype import random_genotype
+from fpdarts.run import read_config
 
 
 @dataclass(frozen=True)
@@ -32,35 +35,35 @@ def main(options: Options) -> dict:
     from fpdarts.retrain import retrain
     from fpdarts.search import search
 
+    if options.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, not {options.seeds}")
     out, accuracies = Path(options.out), {"found": [], "random": []}
     for seed in range(options.seeds):
         found, drawn = out / f"search-{seed}", out / f"random-{seed}.json"
-        if not (found / "result.json").exists():
-            search(
-                SearchConfig(
-                    data=options.data, out=str(found), seed=seed, epochs=options.search_epochs, validate_every=1000
-                )
-            )
+        given = dict(data=options.data, seed=seed)
+        search(_begun(SearchConfig(**given, out=str(found), epochs=options.search_epochs, validate_every=1000)))
         random_genotype(random.Random(seed)).save(drawn)
         for side, genotype in (("found", found), ("random", drawn)):
-            run = out / f"retrain-{side}-{seed}"
-            if not (run / "result.json").exists():
-                retrain(
-                    RetrainConfig(
-                        data=options.data,
-                        genotype=str(genotype),
-                        out=str(run),
-                        seed=seed,
-                        epochs=options.retrain_epochs,
-                    )
-                )
-            accuracies[side].append(json.loads((run / "result.json").read_text())["test_accuracy"])
+            run = str(out / f"retrain-{side}-{seed}")
+            config = RetrainConfig(**given, genotype=str(genotype), out=run, epochs=options.retrain_epochs)
+            accuracies[side].append(retrain(_begun(config))["test_accuracy"])
     result = {
         side: {"mean": statistics.mean(values), "deviation": statistics.stdev(values), "test_accuracy": values}
         for side, values in accuracies.items()
     }
-    report.write(out / "results.json", result)
+    report.write(out / "results.json", result, "cuda" if torch.cuda.is_available() else "cpu")
     return result
+
+
+def _begun(config: SearchConfig | RetrainConfig) -> SearchConfig | RetrainConfig:
+    """To be resumed, if its run is there. Raises ValueError if that is of another command."""
+    if not (Path(config.out) / "config.json").exists():
+        return config
+    saved = read_config(config.out, type(config))
+    for name in ("data", "epochs"):
+        if (asked := getattr(config, name)) not in (None, getattr(saved, name)):
+            raise ValueError(f"{config.out} has {name} {getattr(saved, name)}, not {asked}; choose another --out")
+    return replace(config, resume=True)
 
 
 def show(result: dict, _) -> str:

@@ -22,6 +22,7 @@ from benchmarks import report
 from benchmarks.cases import DEFAULTS, Setting, build, check, reference_results
 from benchmarks.limits import Limits, measure, timed
 from benchmarks.sides import Side
+from fpdarts.verify import one_precision
 
 What = Literal["search-step", "arch-step", "retrain-step", "cell", "stage", "pooling", "node"]
 
@@ -66,6 +67,7 @@ def setting_of(options) -> Setting:
     return replace(DEFAULTS[options.what], **{name: value for name, value in given.items() if value is not None})
 
 
+@one_precision()
 def compare(
     what: str,
     names: list[str],
@@ -74,11 +76,14 @@ def compare(
     memory: bool = True,
     limits: Limits | None = None,
 ) -> dict:
-    """The first of the names is what the others are divided by. Raises AssertionError where a side computes wrongly.
+    """The first of the names is what the others are divided by; limits: in its precision. Raises AssertionError where a
+    side computes wrongly.
 
     Returns {"what", "setting", "seconds": {side: {"median", "low", "high", "flops_per_second", "bytes_per_second",
     "share_of_limit"}}, "ratio": {baseline: {"median", "low", "high"}}, "peak_memory": {side: bytes or None}, "limit"}.
     """
+    if rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, not {rounds}")
     sides = [Side.parse(name, setting.device) for name in dict.fromkeys(names)]
     expected, cases = reference_results(what, setting), {}
     for side in sides:
@@ -86,7 +91,11 @@ def compare(
         check(what, side, setting, cases[side], expected)
         cases[side].step(1)
     del expected
-    limits = limits or measure(setting.device, torch.bfloat16 if sides[0].bf16 else torch.float32)
+    own = {sides[0].bf16: limits} if limits else {}
+    for side in sides:
+        if side.bf16 not in own:
+            own[side.bf16] = measure(setting.device, torch.bfloat16 if side.bf16 else torch.float32)
+    limits = own[sides[0].bf16]
 
     seconds = {side: [] for side in sides}
     for i in range(rounds):
@@ -102,7 +111,7 @@ def compare(
         "setting": {f.name: getattr(setting, f.name) for f in fields(Setting)},
         "kernels": str(first),
         "seconds": {
-            str(side): _spread(values) | _speed(values, work, side, limits) for side, values in seconds.items()
+            str(side): _spread(values) | _speed(values, work, side, own[side.bf16]) for side, values in seconds.items()
         },
         "ratio": {name: _spread(values) for name, values in ratios.items()},
         "peak_memory": {str(side): peak_memory(what, side, setting) if memory else None for side in sides},

@@ -1,6 +1,11 @@
+from functools import cache
+
 import pytest
+import torch
 
 from benchmarks.limits import measure
+from fpdarts.training import select_device
+from fpdarts.verify import one_precision
 
 
 def pytest_addoption(parser):
@@ -11,9 +16,17 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def device(pytestconfig):
-    return pytestconfig.getoption("--device")
+    return str(select_device(pytestconfig.getoption("--device")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def precision():
+    """The same for all sides."""
+    with one_precision():
+        yield
 
 
 @pytest.fixture(scope="session")
 def limits(device):
-    return measure(device)
+    """Of whether it is in bfloat16."""
+    return cache(lambda bf16=False: measure(device, torch.bfloat16 if bf16 else torch.float32))

@@ -115,6 +115,8 @@ def _compared(options, names, precision, whats=("search-step", "arch-step")):
             if not add(what, gates, names):
                 for other in names[1:]:
                     add(what, gates, [names[0], other])
+    if all("error" in result for result in results.values()):
+        raise RuntimeError("none of these could be compared")
     return results
 
 

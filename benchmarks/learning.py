@@ -58,7 +58,11 @@ def learn(options: Options, kernels: str, seed: int) -> dict:
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=seed)
     sgd, architect = optimizers(config, model, device)
     losses, start = [], time.perf_counter()
-    for batch, held_out in itertools.islice(zip(weight_loader.epoch(), architecture_loader.epoch()), options.steps):
+    batches, others = (
+        itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+        for loader in (weight_loader, architecture_loader)
+    )
+    for batch, held_out in itertools.islice(zip(batches, others), options.steps):
         architect.step(held_out, gates.sample())
         losses.append(weight_step(model, sgd, batch, gates.sample(), config)[0].item())
     seconds = time.perf_counter() - start

@@ -40,7 +40,7 @@ class Limits:
 
 def synchronize(device: str):
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def timed(function, device: str) -> float:

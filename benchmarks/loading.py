@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -87,8 +88,12 @@ def agreement(options: Options, reader: str) -> dict[str, float]:
     return worst
 
 
-def usual(path: str, data: ImageData, part: str, training: bool, batch_size: int, workers: int, times: int = 1):
-    """torchvision's datasets and transforms in a DataLoader with worker processes; all images so many times."""
+def usual(
+    path: str, data: ImageData, part: str, training: bool, batch_size: int, workers: int, times: int = 1,
+    most: int | None = None,
+):  # fmt: skip
+    """torchvision's datasets and transforms in a DataLoader with worker processes; all images so many times, or at most
+    so many, from all classes."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -99,9 +104,11 @@ def usual(path: str, data: ImageData, part: str, training: bool, batch_size: int
         resized = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
         steps = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()] if training else resized
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
-    dataset = ImageFolder(Path(path) / part, v2.Compose(steps))
+    dataset = torch.utils.data.ConcatDataset([ImageFolder(Path(path) / part, v2.Compose(steps))] * times)
+    if most is not None and most < len(dataset):
+        dataset = torch.utils.data.Subset(dataset, [i * len(dataset) // most for i in range(most)])
     return torch.utils.data.DataLoader(
-        torch.utils.data.ConcatDataset([dataset] * times),
+        dataset,
         batch_size,
         shuffle=training,
         num_workers=workers,
@@ -112,7 +119,7 @@ def usual(path: str, data: ImageData, part: str, training: bool, batch_size: int
 def _side(reader: str, options: Options, data: ImageData, times: int) -> Callable[[int], Iterable]:
     """A function of the epoch's number that gives its batches, on the device."""
     if reader == "usual":
-        batches = usual(options.data, data, "train", True, options.batch_size, options.workers, times)
+        batches = usual(options.data, data, "train", True, options.batch_size, options.workers, times, options.images)
         return lambda _: ((x.to(options.device), y.to(options.device)) for x, y in batches)
     augment = augmentation(data.protocol, "search")
     images = in_memory(data.train, data, augment) if reader == "resident" else data.train
@@ -124,10 +131,15 @@ def _side(reader: str, options: Options, data: ImageData, times: int) -> Callabl
 
 def _first_batch(reader: str, options: Options, times: int) -> float:
     """Seconds from the path to a batch on the device; imports and the files' way into memory are not in it."""
+    if reader in ("torchvision", "usual"):
+        import_module("torchvision.transforms.v2")
+    elif reader == "dali":
+        import_module("nvidia.dali")
     start = time.perf_counter()
-    next(iter(_side(reader, options, open_data(options.data, options.protocol), times)(0)))
+    batches = iter(_side(reader, options, open_data(options.data, options.protocol), times)(0))
+    next(batches)
     synchronize(options.device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start  # and then its workers end
 
 
 def _epoch(epoch: Callable[[int], Iterable], number: int, device: str) -> float:
@@ -165,6 +177,8 @@ def _waiting(epoch: Callable[[int], Iterable], options: Options, data: ImageData
 def main(options: Options) -> dict:
     data = open_data(options.data, options.protocol)
     readers = [reader for reader in options.readers if reader != "resident" or data.protocol != "imagenet"]
+    if "usual" in readers and data.train.paths is None:
+        raise ValueError(f"usual reads image folders, and {options.data} is none; leave it out of --readers")
     times = -(-options.images // len(data.train)) if options.images else 1
     result = {"data": Path(options.data).name, "protocol": data.protocol, "images": options.images or len(data.train)}
     result |= {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fpdarts.training import select_device
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -79,6 +81,7 @@ def command(name: str, options, main: Callable, show: Callable, description: str
 
     options = tyro.cli(options, prog=f"python -m benchmarks.{name}", description=description)
     try:
+        select_device(getattr(options, "device", None) or "cpu")  # makes it the current one
         result = main(options)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"benchmarks.{name}: {error}")

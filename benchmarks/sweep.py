@@ -15,6 +15,7 @@ import torch
 from benchmarks import report
 from benchmarks.compare import What, compare, names_of, setting_of
 from benchmarks.limits import measure
+from benchmarks.sides import Side
 
 AXES = {"batch_size": "batch size", "init_channels": "channels C", "cells": "cells"}
 
@@ -43,8 +44,11 @@ class Options:
 
 def sweep(options: Options) -> dict:
     """{"what", "limit", "points": {axis: [{"value", "seconds", "ratio"}, ..]}}."""
+    if not (options.batch_sizes and options.channels and options.depths):
+        raise ValueError("--batch-sizes, --channels and --depths need a value at least")
     base = setting_of(options)
-    limits = measure(base.device)
+    bf16 = Side.parse(options.kernels, base.device).bf16
+    limits = measure(base.device, torch.bfloat16 if bf16 else torch.float32)
     points = {}
     for axis, values in zip(AXES, (options.batch_sizes, options.channels, options.depths)):
         points[axis] = []

@@ -76,5 +76,5 @@ def test_loading(benchmark, folder, reader, protocol, size, device, limits, monk
         "launches": None,
         "flops": 0,
         "bytes": moved,
-        "share_of_limit": moved / limits.bytes_per_second / benchmark.stats.stats.median,
+        "share_of_limit": moved / limits().bytes_per_second / benchmark.stats.stats.median,
     }

@@ -117,8 +117,8 @@ def test_speed(benchmark, what, setting, side, device, limits, request):
         "bytes": case.work.bytes(size),
         "gflops_per_second": case.work.flops / median / 1e9,
         "gb_per_second": case.work.bytes(size) / median / 1e9,
-        "nearer_limit": limits.nearer(case.work, size),
-        "share_of_limit": limits.seconds(case.work, size) / median,
+        "nearer_limit": limits(side.bf16).nearer(case.work, size),
+        "share_of_limit": limits(side.bf16).seconds(case.work, size) / median,
     }
 
 

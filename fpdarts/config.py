@@ -210,9 +210,8 @@ def resolved(config: SearchConfig | RetrainConfig, protocol: str) -> SearchConfi
 _RANGES = {
     "at least 1": (
         lambda value: value >= 1,
-        "epochs batch_size init_channels validate_every partial nodes limit image_size",
+        "epochs batch_size init_channels cells validate_every partial nodes limit image_size",
     ),
-    "at least 3, a normal one and two reductions": (lambda value: value >= 3, "cells"),
     "positive": (
         lambda value: 0 < value < math.inf,
         "learning_rate gradient_clip architecture_learning_rate unrolled_step_size",

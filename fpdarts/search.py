@@ -150,11 +150,11 @@ def build_supernet(config: SearchConfig, num_classes: int) -> SuperNet:
 def loaders(config, data, device, reader):
     """Of the weight part, of the architecture part for its steps, and of the same for validation."""
     augment = augmentation(data.protocol, "search")
-    images = in_memory(data.train, data, augment) if reader == "resident" else data.train
+    images = data.train if config.limit is None else data.train.limited(config.limit)
+    images = in_memory(images, data, augment) if reader == "resident" else images
     if config.split is not None:
         weight_images, architecture_images = read_split(config.split, images, data)
     else:
-        images = images if config.limit is None else images.limited(config.limit)
         fractions = config.weight_fraction, config.architecture_fraction
         weight_images, architecture_images = images.parts(*fractions, config.seed)
 
@@ -216,6 +216,8 @@ def weight_step(model, optimizer, batch, gates, config):
 def _try_out(config, data):
     """A forward without memory or arithmetic, so that an image size which does not fit is an error now. One node is as
     good as many, of which it takes half a second."""
+    if config.cells < 3:
+        raise ValueError(f"--cells must be at least 3, a normal one and two reductions, not {config.cells}")
     with torch.device("meta"):
         model = build_supernet(replace(config, kernels="reference", nodes=1), len(data.classes))
         model(torch.empty(2, 3, data.image_size, data.image_size), torch.ones(model.gate_shape, device="cpu"))
