@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None):
         told = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError) and not any(words in told for words in _NO_MEMORY):
             raise
-        print(f"error: {told}; a smaller --batch-size or --init-channels needs less", file=sys.stderr)
+        print(f"error: {told}; a smaller --batch-size, --init-channels or --limit needs less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         runs = isinstance(command, (SearchConfig, RetrainConfig))

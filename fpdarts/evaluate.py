@@ -42,8 +42,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     reader, told_reader = select_reader(config.loader, data)
     print(told, told_reader, sep="\n", file=sys.stderr)
     compile_steps(take_evaluation, network, data.image_size, serving, device, amp)
-    images = in_memory(data.test, data, None) if reader == "resident" else data.test
-    images = images if config.limit is None else images.limited(config.limit)
+    images = data.test if config.limit is None else data.test.limited(config.limit)
+    images = in_memory(images, data, None) if reader == "resident" else images
     batch_size = trained.batch_size if config.batch_size is None else config.batch_size
     loader = Loader(images, data, batch_size, None, 0, device, config.workers, reader)
     result = evaluate_model(network, loader, amp, data.protocol == "imagenet", "test")

@@ -12,19 +12,19 @@ from fpdarts.errors import RunError
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike, mark: str = "") -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` when all of it is on disk. Raises OSError, which names it.
 
-    Until then it lies beside it (a rename stays within one file system) under one fixed hidden name, so that what a
-    killed process left there is overwritten by the next. A link stays, and what it leads to is replaced; what is no
-    file, such as /dev/stdout or a pipe, is written to.
+    Until then it lies beside it (a rename stays within one file system) under one hidden name, fixed but for ``mark``,
+    so that what a killed process left there is overwritten by the next. A link stays, and what it leads to is replaced;
+    what is no file, such as /dev/stdout or a pipe, is written to.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
         with open(path, "wb") as file:
             yield file
         return
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{mark}.partial")
     try:
         with open(partial, "wb") as file:
             yield file

@@ -133,10 +133,10 @@ def make_optimizer(config, network, device) -> torch.optim.SGD:
 def _loaders(config, data, device, reader):
     """Of the training images, of those held out (None without --holdout) and of the test images."""
     augment = replace(augmentation(data.protocol, "retrain"), cutout=config.cutout)
-    images, test_images = data.train, data.test
+    images = data.train if config.limit is None else data.train.limited(config.limit)
+    test_images = data.test
     if reader == "resident":
         images, test_images = in_memory(images, data, augment), in_memory(test_images, data, None)
-    images = images if config.limit is None else images.limited(config.limit)
     held_out = None
     if config.holdout:
         held_out, images = images.split(config.holdout, config.seed)

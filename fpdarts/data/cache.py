@@ -8,6 +8,7 @@ import errno
 import hashlib
 import math
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Iterator
@@ -45,12 +46,16 @@ def decoded(paths: tuple[str, ...], side: int, central: bool) -> Tensor:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_suffix(".lock")):  # of several processes one decodes, the others wait for it
             if (pixels := _mapped(file, shape)) is None:
-                with replacing(file) as out:
+                for left in folder.glob(f".{file.name}*.partial"):  # by a process that was killed
+                    left.unlink(missing_ok=True)
+                # a name of its own: where locks do not work two write at a time, and the last one's array stays
+                with replacing(file, f".{secrets.token_hex(8)}") as out:
                     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
                     for chunk in in_chunks(decode, paths):
                         out.write(chunk)
                 print(f"decoded images are kept in {file}", file=sys.stderr)
-                pixels = _mapped(file, shape)
+                if (pixels := _mapped(file, shape)) is None:
+                    raise OSError(f"{file} cannot be read back")
         return _as_tensor(pixels)
     except OSError as error:
         print(f"warning: no cache of decoded images: {error}; FPDARTS_CACHE names another folder", file=sys.stderr)
@@ -111,7 +116,7 @@ def _locked(file: Path) -> Iterator[None]:
     """One process at a time; the lock of a process that was killed is free again. Who has to wait says so."""
     try:
         import fcntl
-    except ImportError:  # not on Windows; there two processes would both decode, and the last one's array stays
+    except ImportError:  # not on Windows
         yield
         return
     with _IN_THIS_PROCESS, open(file, "w") as lock:

@@ -24,7 +24,10 @@ PREFETCH = 3  # batches that are under way; more did not help
 class DaliReader:
     """images: files or pixels. side: of what is read. resized: whether boxes or sizes will be asked for; otherwise the
     images must have that side. batch_size: the largest. workers: threads. Raises DataError naming a file of a kind that
-    DALI decodes otherwise than Pillow, or not at all."""
+    DALI decodes otherwise than Pillow, or not at all.
+
+    Of a JPEG only the box is decoded, and what lies above it: one that is cut short stops the first epoch whose box
+    reaches so far."""
 
     def __init__(self, images: Images, side: int, resized: bool, batch_size: int, device: torch.device, workers: int):
         if images.pixels is None and not resized:  # else the Loader has looked at them all

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -89,14 +90,20 @@ def _classes(part: Path) -> tuple[str, ...]:
 
 
 def class_files(folder: str) -> list[str]:
-    """Every file of a class, whatever it is, and of the folders in it; the order depends on the names only.
+    """Every file of a class, whatever it is, and of the folders in it, but hidden ones; the order depends on the names
+    only. Raises OSError for a folder that cannot be read.
 
     Links to folders are followed, but for one that leads back to where it lies in, whose images are listed anyway, or
     are another class's.
     """
+
+    def fail(error):
+        raise error
+
     found, above = [], {folder: (os.path.realpath(folder),)}  # above: the real folders that each is reached through
-    for root, folders, names in os.walk(folder, followlinks=True):
-        found.append((root, sorted(names)))
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        found.append((root, sorted(name for name in names if not name.startswith("."))))
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in list(folders):
             real = os.path.realpath(os.path.join(root, name))
             if any(Path(outer).is_relative_to(real) for outer in above[root]):
@@ -143,7 +150,7 @@ def read_image(path: str) -> Image.Image:
                     again.verify()
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # straight to RGB, PIL warns
-            elif image.mode.startswith("I;16"):
+            elif image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would clip at 255: all white
             elif image.mode in ("I", "F"):
                 raise ValueError("32-bit grey levels, whose range is not known")
@@ -228,7 +235,13 @@ def not_for_dali(image: Image.Image) -> bool:
         return turned or image.mode in ("LA", "LAB") or 258 not in image.tag_v2  # bits a sample, which may be left out
     if image.format == "PPM":  # whose levels are scaled by Pillow only
         codec, _, _, arguments = image.tile[0]
-        return codec != "raw" and image.mode != "1" and arguments[-1] != 255
+        return image.mode == "I" or (codec != "raw" and image.mode != "1" and arguments[-1] != 255)
+    if image.format in ("JPEG", "MPO"):  # inverted or not, which only Adobe's mark tells
+        return image.mode == "CMYK" and "adobe" not in image.info
+    if image.format == "BMP":
+        return any(str(tile[3][0]) in ("BGR;15", "BGR;16") for tile in image.tile)
+    if image.format == "PNG":  # an animation, whose first picture is none of it
+        return bool(image.info.get("default_image"))
     if image.format == "WEBP":
         return "exif" in image.info and _has_odd_chunk(image.filename)
     return image.format not in _IN_DALI or (image.format == "JPEG2000" and image.mode == "LA")
@@ -274,7 +287,17 @@ def in_chunks(work: Callable[[tuple[str, ...]], T], paths: tuple[str, ...]) -> I
         yield from map(work, chunks)
         return
     with ProcessPoolExecutor(processes, initializer=_begin_worker) as pool:
-        yield from pool.map(work, chunks)
+        try:
+            yield from pool.map(work, chunks)
+        except BrokenProcessPool:
+            raise worker_ended("it was killed") from None
+
+
+def worker_ended(how: str) -> DataError:
+    return DataError(
+        f"a process that reads images ended ({how}); memory may be short, and fewer --workers need less. A run that "
+        "has begun goes on with --resume"
+    )
 
 
 def _begin_worker() -> None:

@@ -14,11 +14,16 @@ from fpdarts.files import replacing
 def write_list(file: str | Path, lines: Iterable[str]) -> None:
     """Write the lines, whole or not at all. Raises DataError for a name that no line can hold, OSError."""
     lines = list(lines)
+    require_lines(file, lines)
+    with replacing(file) as out:
+        out.writelines(os.fsencode(f"{line}\n") for line in lines)
+
+
+def require_lines(file: str | Path, lines: Iterable[str]) -> None:
+    """Raises DataError for a name that no line of that file can hold."""
     for line in lines:
         if "\n" in line or line.endswith("\r"):
             raise DataError(f"{line!r}: has a line break in its name, so {file} cannot list it; rename or remove it")
-    with replacing(file) as out:
-        out.writelines(os.fsencode(f"{line}\n") for line in lines)
 
 
 def read_list(file: str | Path) -> list[str]:

@@ -138,9 +138,12 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]):
         """Go on where another loader was. Raises ValueError, naming the field, if it was one of other batches."""
         for name, value in self._identity().items():
-            if state[name] != value:
-                raise ValueError(f"the loader's state is of {name} {state[name]}, but this loader has {value}")
-        self._epoch, self._batch = state["epoch"], state["batch"]
+            if (given := state.get(name)) != value:
+                raise ValueError(f"the loader's state is of {name} {given}, but this loader has {value}")
+        epoch, batch = state.get("epoch", -1), state.get("batch", -1)
+        if epoch < 0 or not 0 <= batch <= len(self):
+            raise ValueError(f"the loader's state is of batch {batch} of epoch {epoch}, but an epoch has {len(self)}")
+        self._epoch, self._batch = epoch, batch
 
     def _identity(self) -> dict[str, int]:
         fields = {"seed": self.seed, "batch_size": self.batch_size, "images": len(self.images)}

@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -128,7 +129,9 @@ def _look_at(file: str) -> list[str]:
 def _kinds(image: Image.Image, file: str) -> list[str]:
     # PNG and TIFF of 16-bit colours have a mode of 8 bits; only how they are stored tells, until they are decoded.
     deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile)
-    turned = image.getexif().get(0x0112, 1) != 1
+    turned = False
+    with suppress(Exception):  # of damaged tags, which no picture needs
+        turned = image.getexif().get(0x0112, 1) != 1
     registered = Image.registered_extensions().get(os.path.splitext(file)[1].lower(), image.format)
     found = {
         "name of another format": image.format not in (registered, "MPO"),  # MPO: JPEG with a second picture

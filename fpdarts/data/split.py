@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fpdarts.data.images import ImageData, Images
-from fpdarts.data.lists import read_list, write_list
+from fpdarts.data.lists import read_list, require_lines, write_list
 from fpdarts.errors import DataError
 
 NAMES = ("weights.txt", "architecture.txt")
@@ -29,13 +29,15 @@ def write_split(data: ImageData, weights: float, architecture: float, seed: int,
     for name in NAMES:
         if (out / name).exists():
             raise FileExistsError(f"{out / name} exists; choose another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    counts = {}
+    lists = {}
     for name, images in zip(NAMES, data.train.parts(weights, architecture, seed)):
-        lines = (f"{path.removeprefix(prefix)} {label}" for path, label in zip(images.paths, images.labels.tolist()))
-        write_list(out / name, lines)
-        counts[name] = len(images)
-    return counts
+        pairs = zip(images.paths, images.labels.tolist())
+        lists[out / name] = [f"{path.removeprefix(prefix)} {label}" for path, label in pairs]
+        require_lines(out / name, lists[out / name])  # of both, before either is written
+    out.mkdir(parents=True, exist_ok=True)
+    for file, lines in lists.items():
+        write_list(file, lines)
+    return {file.name: len(lines) for file, lines in lists.items()}
 
 
 def read_split(folder: str | Path, images: Images, data: ImageData) -> tuple[Images, Images]:

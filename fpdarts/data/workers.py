@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fpdarts.data.augment import Views
-from fpdarts.data.folder import read_image, wrong_size
+from fpdarts.data.folder import read_image, worker_ended, wrong_size
 from fpdarts.data.images import Images
 from fpdarts.errors import DataError
 
@@ -23,7 +23,7 @@ class TorchvisionReader:
     def __call__(self, order: Tensor, views: Views, places: list[slice]) -> Iterator[Tensor]:
         plan, batches = self._idle.pop() if self._idle else self._make()
         plan.order, plan.views, plan.places = order, views, places
-        for pixels in batches:
+        for pixels in _arriving(batches):
             if isinstance(pixels, DataError):
                 try:
                     raise pixels
@@ -44,6 +44,15 @@ class TorchvisionReader:
             generator=torch.Generator(),  # or else it would draw from the global one
         )
         return plan, batches
+
+
+def _arriving(batches: torch.utils.data.DataLoader) -> Iterator[Tensor | DataError]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise worker_ended(str(error).partition("\n")[0]) from None
 
 
 class _Plan:
@@ -95,4 +104,15 @@ class _Source(torch.utils.data.Dataset):
 
 
 def _stack(samples: list) -> Tensor | DataError:
-    return next((sample for sample in samples if isinstance(sample, DataError)), None) or torch.stack(samples)
+    wrong = next((sample for sample in samples if isinstance(sample, DataError)), None)
+    if wrong is not None or torch.utils.data.get_worker_info() is None:
+        return wrong or torch.stack(samples)
+    try:
+        # Here, and not by the thread that sends it, whose errors are lost while everybody waits for the batch.
+        return torch.stack(samples).share_memory_()
+    except RuntimeError as error:
+        told = str(error).partition("\n")[0]
+        return DataError(
+            f"no shared memory for a batch ({told}): give a container more (docker run --shm-size), or take a smaller "
+            "--batch-size, fewer --workers or --loader dali"
+        )
