@@ -16,6 +16,8 @@ from .timed import TIMED
 # block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
 # channels, that a program adds up at a time.
 KNOBS = {"block": 128, "programs": 1024, "merged": 4096}
+# Newer assemblers take fewer registers than they need if more programs then fit, and spill.
+NEWER = SINCE_3_7.value
 
 
 def block() -> int:
@@ -85,7 +87,7 @@ def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: i
         k = 32 if wide_in == 16 and wide_out == 32 else 16
         return {"BLOCK_K": k, "num_warps": 2 if wide_in <= 8 or wide_out <= 16 else 4, "num_stages": 2}
     k = 32 if size == 4 or wide_in == 32 else 64
-    if size == 2 and wide_in == 32 and wide_out == 128 and width & (width - 1):
+    if size == 2 and wide_in == 32 and wide_out == 128 and (NEWER or width & (width - 1)):
         k = 16  # places in such a map take the registers that a wider block has not left, on sm_80
     wide = exact or wide_out * size >= (128 if size == 4 else 512)
     return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 2 if size == 2 and wide_in == 32 else 1}
@@ -124,10 +126,7 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 # at a time. Chosen by what the compiler made of them: instructions and passes through the first-level cache, eight
 # warps that fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied,
 # all at a time; with one, as mostly in float32, where two spill, each waits for the one before it. The number of
-# registers is said where the compiler chooses fewer than it needs. Newer assemblers take fewer registers than they need
-# if more programs then fit, and there blocks are smaller.
-
-NEWER = SINCE_3_7.value
+# registers is said where the compiler chooses fewer than it needs; for newer ones blocks are smaller as well.
 
 
 def _rows(
