@@ -214,6 +214,15 @@ def test_the_gpu_script_s_dry_check_is_small(monkeypatch):
     assert {case.setting for case in operations["node"]} == {"C/K=2, K=2, 4x4"}
 
 
+@pytest.mark.parametrize("what", STEPS)
+def test_the_gpu_script_s_dry_steps_can_be_taken(what):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks import gpu
+
+    setting = gpu._setting(SimpleNamespace(dry_run=True, device="cpu"), what)
+    build(what, Side("reference"), setting).step(0)
+
+
 def test_sweep_writes_and_draws(tmp_path):
     out = tmp_path / "sweep.json"
     sweep.main(
