@@ -173,7 +173,8 @@ class SuperNet(nn.Module):
                 running.append(table)
                 new.append(values.to(table.dtype))
                 momenta.append(momentum.expand_as(table))
-        torch._foreach_lerp_(running, new, torch._foreach_mul(momenta, _MOMENTUM))
+        if running:
+            torch._foreach_lerp_(running, new, torch._foreach_mul(momenta, _MOMENTUM))
 
     @torch.no_grad()
     def genotype(self) -> Genotype:

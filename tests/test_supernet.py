@@ -139,6 +139,10 @@ def test_a_cell_in_evaluation_keeps_its_statistics():
     model.cells[1].eval()
     model(torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.ones(model.gate_shape))
     assert not model.cells[1].running_mean.any() and model.cells[0].running_mean.any()
+    model.cells.eval()
+    before = model.cells[0].running_mean.clone()
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.ones(model.gate_shape))
+    assert torch.equal(model.cells[0].running_mean, before)
 
 
 def test_a_closed_network_has_zero_gradients_not_missing_ones():
