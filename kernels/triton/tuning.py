@@ -159,7 +159,7 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
     if columns <= 32 and wide < 32:
         if columns > wide:
             return _rows(32, 4, 16, 2)
-        return _rows(32, 8, 16, 2, 168) if NEWER else _rows(32, 16 if width % 16 == 0 else 8, 16, 2)
+        return _rows(32, 8, 16, 2, 200) if NEWER else _rows(32, 16 if width % 16 == 0 else 8, 16, 2)
     if columns == 32:
         return _rows(32, 8, 16, 2) if width % 8 == 0 and columns == wide else _rows(64, 4, 16, 4)
     if columns == 64:
