@@ -57,6 +57,7 @@ class Run:
         be parts of its training images, if their lists are files of their own.
         """
         facts = {"classes": list(data.classes), "training_images": len(data.train), "listing": data.listing(data.train)}
+        facts["test_listing"] = data.listing(data.test)
         facts |= {f"part_{i}": data.listing(part) for i, part in enumerate(parts)}
         if not config.resume:
             out = config.out or Path("runs") / f"{command}-{Path(data.source).name}-{datetime.now():%Y%m%d-%H%M%S}"

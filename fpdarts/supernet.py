@@ -163,7 +163,7 @@ class SuperNet(nn.Module):
 
     @torch.no_grad()
     def _update_statistics(self, batches):
-        """Of all cells at once: on a GPU, a launch or two rather than two a cell."""
+        """Of all cells at once: on a GPU the averages are one launch."""
         running, new, momenta = [], [], []
         for cell, batch in zip(self.cells, batches):
             if batch is None:  # of a cell in evaluation

@@ -159,6 +159,7 @@ def test_options_of_a_retraining_have_their_effect(retrained, searched, tmp_path
     [
         ("search --data nowhere", "nowhere"),
         ("search --device cpu --kernels triton", "kernels 'triton' cannot run here: "),
+        ("check-kernels --device cpu --kernels native --amp bf16", "kernels 'native' cannot run here: "),
         ("search --device cpu --amp bf16", "--amp bf16 trains on CUDA only"),
         ("search --device gpu", "--device gpu cannot be used here"),
         ("search --device meta", "--device meta cannot be used here"),

@@ -268,6 +268,11 @@ def test_a_run_goes_on_with_the_same_files_only(splittable, tmp_path, capsys):
     splittable = splittable.rename(tmp_path / "moved")
     again += "--data", splittable
     assert run(capsys, *again)[0] == 0
+    tested = next((splittable / "test" / "cat").iterdir())
+    renamed = tested.rename(tested.with_name("another.jpg"))
+    status, _, err = run(capsys, *again)
+    assert status == 1 and "is not the data that the run in" in err
+    renamed.rename(tested)
     one, other = splittable / "train" / "cat" / "7.jpg", splittable / "train" / "dog" / "9.jpg"
     one.rename(other)
     status, _, err = run(capsys, *again)

@@ -69,9 +69,19 @@ ODD_FILES = {  # suffix, what writes it, whether DALI shows it otherwise than Pi
     "PPM": ("ppm", saved(COLOURS), False),
     "PPM, plain": ("ppm", lambda path: path.write_text("P3 2 2 255 " + "9 8 7 " * 4), False),
     "PPM of other levels": ("ppm", lambda path: path.write_bytes(b"P6 8 8 100\n" + bytes(range(96)) * 2), True),
+    "PGM of 16 bits": ("pgm", lambda path: path.write_bytes(b"P5 8 8 65535\n" + bytes(range(128))), True),
+    "JPEG in CMYK": ("jpg", saved(COLOURS.convert("CMYK")), False),
+    "JPEG in CMYK without Adobe's mark": ("jpg", lambda path: write_unmarked_cmyk(path), True),
     "WebP with EXIF": ("webp", saved(COLOURS, exif=EXIF), False),
     "WebP with an odd chunk": ("webp", lambda path: write_odd_webp(path), True),
 }
+
+
+def write_unmarked_cmyk(path):
+    COLOURS.convert("CMYK").save(path)
+    before, mark, after = path.read_bytes().partition(b"\xff\xee\x00\x0eAdobe")
+    assert mark
+    path.write_bytes(before + after[7:])
 
 
 def write_odd_webp(path):
