@@ -33,7 +33,7 @@ CANDIDATES = {
     "pool_fwd_kernel": {"num_warps": (1, 2, 4)},
     "node_fwd_kernel": {"BLOCK": (16, 32, 64, 128, 256), "num_warps": (1, 2, 4)},
     "node_reduce_kernel": {"num_warps": (2, 4, 8)},
-    "draw_kernel": {"num_warps": (2, 4, 8)},
+    "normalize_bwd_kernel": {"num_warps": (2, 4, 8)},
 }
 
 
@@ -118,7 +118,7 @@ RULES = {
     "pool_fwd_kernel": ("pooling", "P", "SIZE", "STRIDE"),
     "node_fwd_kernel": ("node", "P", "K", "SIZE"),
     "node_reduce_kernel": ("reducing", "P", "SIZE"),
-    "draw_kernel": ("drawing", "P", "SIZE"),
+    "normalize_bwd_kernel": ("normalize_backward", "P", "SIZE"),
     "state_bwd_kernel": ("state_gradient", "P", "SIZE", "STRIDE"),
 }
 

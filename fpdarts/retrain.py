@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fpdarts import config as configuration
+from fpdarts import kernels
 from fpdarts.ahead import compile_steps, take_retraining_steps
 from fpdarts.config import RetrainConfig, learning_rate
 from fpdarts.count import count
@@ -22,12 +23,12 @@ from fpdarts.training import (
     Progress,
     autocast,
     evaluate_model,
-    not_evaluated,
     require_finite,
     require_finite_loss,
     select_amp,
     select_device,
     select_kernels,
+    validate_if_due,
 )
 
 
@@ -50,7 +51,7 @@ def retrain(config: RetrainConfig) -> dict:
     torch.manual_seed(config.seed)
     network = build_network(config, genotype, len(data.classes)).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(config, network, device)
-    take_step = _steps(config, network, optimizer, device)
+    take_step = _steps(config, serving, network, optimizer, device)
     _try_out(config, genotype, data)
     run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
     if run.result is not None:
@@ -78,12 +79,7 @@ def retrain(config: RetrainConfig) -> dict:
         check()
         metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, **progress.speed(meter)}
         if holdout_loader is not None:
-            due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
-            if due:
-                metrics |= evaluate_model(network, holdout_loader, amp, top5, "valid")
-                require_finite_loss(metrics, "valid", rate, run.path)
-            else:
-                metrics |= not_evaluated(top5, "valid")
+            metrics |= validate_if_due(network, holdout_loader, config, epoch, run.path)
         run.write_epoch(metrics)
         progress.end_epoch(metrics)
     progress.close()
@@ -93,7 +89,7 @@ def retrain(config: RetrainConfig) -> dict:
     return run.write_result(serving, amp, device, **tested, **count(network, data.image_size))
 
 
-def _steps(config, network, optimizer, device):
+def _steps(config, serving, network, optimizer, device):
     """What takes a step, of (batch, drop_path); on CUDA a graph."""
     if device.type != "cuda":
         return lambda batch, drop_path: training_step(network, optimizer, batch, drop_path, config)
@@ -102,7 +98,8 @@ def _steps(config, network, optimizer, device):
     def step(images, labels):
         return training_step(network, optimizer, (images, labels), chance if config.drop_path else 0.0, config)
 
-    take_one = GraphedStep(step) if config.cuda_graphs else step
+    graphed = config.cuda_graphs and kernels.capturable(serving, "cuda", "derived_cell")
+    take_one = GraphedStep(step) if graphed else step
 
     def take(batch, drop_path):
         chance.fill_(drop_path)
@@ -174,5 +171,5 @@ def losses(out, labels, config):
 def _try_out(config, genotype, data):
     """A forward without memory or arithmetic, so that an image size which does not fit is an error now."""
     with torch.device("meta"):
-        network = build_network(replace(config, kernels="reference"), genotype, len(data.classes))
+        network = build_network(replace(config, kernels="auto"), genotype, len(data.classes))
         network(torch.empty(2, 3, data.image_size, data.image_size))

@@ -22,13 +22,11 @@ from fpdarts.training import (
     Meter,
     Progress,
     autocast,
-    evaluate_model,
-    not_evaluated,
     require_finite,
-    require_finite_loss,
     select_amp,
     select_device,
     select_kernels,
+    validate_if_due,
 )
 from fpdarts.verify import verify_step
 
@@ -51,7 +49,7 @@ def search(config: SearchConfig) -> dict:
     model = build_supernet(config, len(data.classes)).to(device)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=config.seed)
     weight_optimizer, architect = optimizers(config, model, device)
-    take_weight_step, take_architecture_step = _steps(config, model, weight_optimizer, architect, device)
+    take_weight_step, take_architecture_step = _steps(config, serving, model, weight_optimizer, architect, device)
     _try_out(config, data)
     stateful = {"model": model, "gates": gates}
     stateful |= {"weight_optimizer": weight_optimizer, "architecture_optimizer": architect.optimizer}
@@ -89,12 +87,7 @@ def search(config: SearchConfig) -> dict:
         check()
         metrics = {"epoch": epoch, **meter.read("train"), "learning_rate": rate, **progress.speed(meter)}
 
-        due = (epoch + 1) % config.validate_every == 0 or epoch == config.epochs - 1
-        if due:
-            metrics |= evaluate_model(model, validation_loader, amp, top5, "valid", (gates.expected(),))
-            require_finite_loss(metrics, "valid", rate, run.path)
-        else:
-            metrics |= not_evaluated(top5, "valid")
+        metrics |= validate_if_due(model, validation_loader, config, epoch, run.path, (gates.expected(),))
         metrics |= {name: getattr(model, name).tolist() for name in ARCHITECTURE}
         model.genotype().save(run.path / "genotype.json")
         run.write_epoch(metrics)
@@ -104,7 +97,7 @@ def search(config: SearchConfig) -> dict:
     return run.write_result(serving, amp, device, genotype=model.genotype().to_dict())
 
 
-def _steps(config, model, weight_optimizer, architect, device):
+def _steps(config, serving, model, weight_optimizer, architect, device):
     """What takes a weight step, of (batch, gates), and an architecture step, of (batch, gates, batch of the weights).
 
     On CUDA both are graphs where the kernels allow it: gates then are numbers on the device, like images.
@@ -119,7 +112,7 @@ def _steps(config, model, weight_optimizer, architect, device):
     if device.type == "cuda" and config.cuda_graphs and config.unrolled:
         print("a second-order step is not run as a CUDA graph; both steps run without", file=sys.stderr)
     elif device.type == "cuda" and config.cuda_graphs:
-        if getattr(kernels.backend(config.kernels, "cuda"), "GRAPHS", False):
+        if kernels.capturable(serving, "cuda"):
             step_of_weights = GraphedStep(step_of_weights)
             step_of_architecture = GraphedStep(step_of_architecture, step_of_weights)
             return (
@@ -128,7 +121,7 @@ def _steps(config, model, weight_optimizer, architect, device):
             )
     return (
         lambda batch, gates: step_of_weights(*batch, gates),
-        lambda batch, gates, train: architect.step(batch, gates, train if config.unrolled else None),
+        architect.step,
     )
 
 
@@ -219,7 +212,7 @@ def _try_out(config, data):
     if config.cells < 3:
         raise ValueError(f"--cells must be at least 3, a normal one and two reductions, not {config.cells}")
     with torch.device("meta"):
-        model = build_supernet(replace(config, kernels="reference", nodes=1), len(data.classes))
+        model = build_supernet(replace(config, kernels="auto", nodes=1), len(data.classes))
         model(torch.empty(2, 3, data.image_size, data.image_size), torch.ones(model.gate_shape, device="cpu"))
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpdarts import kernels
+from fpdarts.config import RetrainConfig, SearchConfig, learning_rate
 from fpdarts.errors import NonFiniteLoss
 from fpdarts.run import newest_checkpoint
 
@@ -191,6 +192,11 @@ def evaluate_model(
     return meter.read(prefix)
 
 
-def not_evaluated(top5: bool, prefix: str) -> dict[str, None]:
-    """What stands in place of evaluate_model's metrics in an epoch without one."""
-    return dict.fromkeys(f"{prefix}_{name}" for name in ("loss", "accuracy", "top5_accuracy")[: 3 if top5 else 2])
+def validate_if_due(model, loader, config: SearchConfig | RetrainConfig, epoch: int, run: Path, arguments: tuple = ()):
+    """evaluate_model's metrics as valid_..., each None in an epoch without validation. Raises NonFiniteLoss."""
+    top5 = config.protocol == "imagenet"
+    if (epoch + 1) % config.validate_every and epoch != config.epochs - 1:
+        return dict.fromkeys(f"valid_{name}" for name in ("loss", "accuracy", "top5_accuracy")[: 3 if top5 else 2])
+    metrics = evaluate_model(model, loader, config.amp, top5, "valid", arguments)
+    require_finite_loss(metrics, "valid", learning_rate(config, epoch), run)
+    return metrics

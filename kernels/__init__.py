@@ -2,8 +2,8 @@
 
 A back end is a module of this package with the functions below, in the same signatures, and ``unavailable(device)``,
 which returns None or the reason why it cannot run there. It may have ``DTYPES``, names of what it computes in (all if
-it is left out), ``GRAPHS``, whether a step of it can be captured as a CUDA graph, and the contexts ``counting`` and
-``compiling``, which count what is launched within on the meta device, and compile it.
+it is left out), ``GRAPHS``, names of the functions of which a whole step can be captured as a CUDA graph, and the
+contexts ``counting`` and ``compiling``, which count what is launched within on the meta device, and compile it.
 ``cell`` is what a search calls, and ``derived_cell`` what retraining calls, which a back end may do without; the other
 functions are parts of ``cell``, public so that each can be tested and timed alone. A faster back end may merge
 neighbouring parts (normalize into the stage that follows, for one); it is then tested against the same composition of
@@ -18,7 +18,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
-from .spec import CellSpec, DerivedCellSpec
+from .spec import OPERATIONS, CellSpec, DerivedCellSpec
 
 if TYPE_CHECKING:
     import torch
@@ -103,16 +103,19 @@ def _loaded(name: str, device: str, function: str, dtype: Optional["torch.dtype"
     return f"{__name__}.{name}"
 
 
+def capturable(name: str, device: str, function: str = "cell") -> bool:
+    """Whether a step with that back end can be captured as a CUDA graph. Raises as ``backend`` does."""
+    return function in getattr(backend(name, device, function), "GRAPHS", ())
+
+
 _loaded._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, without importing torch
 
 
 def _serving(name: str, x: "Tensor", function: str = "cell") -> ModuleType:
-    """The back end that computes with a tensor; ``auto`` heeds its dtype, or that of autocast."""
-    kind = x.device.type
-    if name != "auto":
-        return backend(name, kind, function)
+    """The back end that computes with a tensor, in its dtype or that of autocast."""
     import torch  # is there already: x is its tensor
 
+    kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     return backend(name, kind, function, torch.get_autocast_dtype(kind) if autocast else x.dtype)
 
@@ -122,7 +125,8 @@ def stage(x: "Tensor", depthwise: "Tensor", pointwise: "Tensor", *, stride=1, di
 
     x: (N, c, H, W), read by all edges, or (N, E*c, H, W), a slice an edge. depthwise: (E, k, k, c), zero padding
     dilation*(k-1)/2. pointwise: (E, c_in, c_out), both c. Returns (N, E*c, H/stride, W/stride). All of one dtype.
-    Raises ValueError for a tensor of another shape.
+    Raises ValueError for a tensor of another shape, and, as all of these functions, BackendUnavailable where the back
+    end that is asked for cannot compute in x's dtype.
     """
     if depthwise.dim() != 4 or depthwise.shape[1] != depthwise.shape[2]:
         raise ValueError(f"depthwise must have shape (edges, k, k, c), not {tuple(depthwise.shape)}")
@@ -137,16 +141,23 @@ def stage(x: "Tensor", depthwise: "Tensor", pointwise: "Tensor", *, stride=1, di
 def pooling(x: "Tensor", operation: str, *, stride=1, kernels="auto") -> "Tensor":
     """``max_pool_3x3`` or ``avg_pool_3x3`` (padding left out of its count), not normalized.
 
-    x: (N, c, H, W). Returns (N, c, H/stride, W/stride).
+    x: (N, c, H, W). Returns (N, c, H/stride, W/stride), of x's dtype. Raises ValueError for another operation.
     """
+    poolings = [name for name, described in OPERATIONS.items() if described.kind == "pooling"]
+    if operation not in poolings:
+        raise ValueError(f"unknown pooling {operation!r}; choose one of: {', '.join(poolings)}")
     return _serving(kernels, x).pooling(x, operation, stride=stride)
 
 
 def factorized_reduction(x: "Tensor", even: "Tensor", odd: "Tensor", *, kernels="auto") -> "Tensor":
     """ReLU, then a 1x1 convolution of the even and one of the odd pixels (both coordinates), concatenated edge by edge.
 
-    x: (N, c, H, W), H and W even. even: (E, c, h). odd: (E, c, h'). Returns (N, E*(h+h'), H/2, W/2), not normalized.
+    x: (N, c, H, W), H and W even. even: (E, c, h). odd: (E, c, h'). All of one dtype. Returns (N, E*(h+h'), H/2, W/2),
+    not normalized. Raises ValueError for a tensor of another shape.
     """
+    for name, weight in (("even", even), ("odd", odd)):
+        if weight.dim() != 3 or weight.shape[:2] != (even.shape[0], x.shape[1]):
+            raise ValueError(f"{name} must have shape ({len(even)}, {x.shape[1]}, c_out), not {tuple(weight.shape)}")
     require_even(tuple(x.shape[2:]), "a factorized reduction")
     return _serving(kernels, x).factorized_reduction(x, even, odd)
 
@@ -156,7 +167,13 @@ def normalize(raw: "Tensor", weight: Optional["Tensor"] = None, statistics: Opti
 
     raw: (N, C, H, W). weight: (C,) or None for 1. statistics: (mean, variance), each (C,), to normalize by; None takes
     the batch's own. Returns (out, mean, variance): the batch's own, the variance unbiased, or those given.
+    Raises ValueError for a tensor of another shape, and for a batch of fewer than two values a channel.
     """
+    for name, table in zip(("weight", "mean", "variance"), (weight, *(statistics or ()))):
+        if table is not None and tuple(table.shape) != (raw.shape[1],):
+            raise ValueError(f"{name} must have shape {(raw.shape[1],)}, not {tuple(table.shape)}")
+    if statistics is None:
+        _require_statistics(raw.shape[0], tuple(raw.shape[2:]))
     return _serving(kernels, raw).normalize(raw, weight, statistics)
 
 
@@ -164,8 +181,10 @@ def node(slices: Sequence[Sequence[tuple]], *, kernels="auto") -> "Tensor":
     """Sum of weighted terms in each channel slice, then the channel shuffle: out[:, K*c + g] = slices[g][:, c].
 
     slices: K sequences, none empty, of (term (N, c, H, W), coefficient: 0-dim tensor or None for 1).
-    Returns (N, K*c, H, W). Raises ValueError for terms of different shapes.
+    Returns (N, K*c, H, W). Raises ValueError for an empty slice and for terms of different shapes.
     """
+    if not slices or not all(slices):
+        raise ValueError("every slice of a node needs a term; give slices as K sequences that are not empty")
     shapes = {tuple(term.shape) for terms in slices for term, _ in terms}
     if len(shapes) > 1:
         raise ValueError(f"terms of a node must have one shape, not {' and '.join(map(str, sorted(shapes)))}")
@@ -193,8 +212,9 @@ def cell(
         to gates.
     statistics: (mean, variance), each (rows, c), to normalize by in evaluation; None takes the batch's own.
     Returns (out (N, nodes*C, H', W'), Statistics of the batch or None in evaluation).
-    Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, and for
-    inputs whose sizes do not fit each other.
+    Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, for inputs
+    whose sizes do not fit each other, and for a batch of fewer than two values a channel; BackendUnavailable where the
+    back end that is asked for cannot compute in the dtype of the inputs, or of autocast.
     """
     edges = len(spec.edges)
     expected = {name: (weights.get(name), parameter.shape) for name, parameter in spec.parameters.items()}
@@ -204,7 +224,7 @@ def cell(
     for table, name in zip(statistics or (), ("mean", "variance")):
         expected[f"{name} of the statistics"] = table, (spec.statistics_rows, spec.slice_channels)
     _check_shapes(spec, inputs, expected)
-    _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
+    _check_sizes(spec, inputs, statistics)
     module = _serving(kernels, inputs[0])
     return module.cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics)
 
@@ -227,8 +247,7 @@ def derived_cell(
     statistics: (mean, variance), each (rows, C), to normalize by in evaluation; None takes the batch's own.
     Poolings are not normalized.
     Returns (out (N, len(concat)*C, H', W'), Statistics of the batch or None in evaluation).
-    Raises ValueError for a tensor of another shape (named), for a size that a stride of 2 would not halve, and for
-    inputs whose sizes do not fit each other.
+    Raises ValueError and BackendUnavailable as ``cell`` does.
     """
     expected = {name: (weights.get(name), shape) for name, shape in spec.parameters.items()}
     if path_scales is not None:
@@ -236,7 +255,7 @@ def derived_cell(
     for table, name in zip(statistics or (), ("mean", "variance")):
         expected[f"{name} of the statistics"] = table, (len(spec.normalizations), spec.channels)
     _check_shapes(spec, inputs, expected)
-    _check_sizes(spec, *(tuple(x.shape[2:]) for x in inputs))
+    _check_sizes(spec, inputs, statistics)
     module = _serving(kernels, inputs[0], "derived_cell")
     return module.derived_cell(spec, inputs, weights, path_scales, statistics)
 
@@ -273,7 +292,16 @@ def require_even(size: tuple[int, int], what: str):
         )
 
 
-def _check_sizes(spec, first, second):
+def _require_statistics(images: int, size: tuple[int, int]):
+    if images * size[0] * size[1] < 2:
+        raise ValueError(
+            f"{images} images of {size[0]}x{size[1]} pixels: statistics of a batch need at least two values a channel; "
+            "use a larger batch or larger images"
+        )
+
+
+def _check_sizes(spec, inputs, statistics):
+    first, second = (tuple(x.shape[2:]) for x in inputs)
     halved = first
     if spec.factorized_input:
         require_even(first, "a factorized reduction")
@@ -283,3 +311,6 @@ def _check_sizes(spec, first, second):
         raise ValueError(f"the inputs of a cell have sizes {told[0]} and {told[1]}, which do not fit each other")
     if spec.reduction:
         require_even(second, "a reduction cell")
+    if statistics is None:
+        stride = 2 if spec.reduction else 1
+        _require_statistics(inputs[0].shape[0], (second[0] // stride, second[1] // stride))

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from . import Statistics
 from .spec import EPSILON, OPERATIONS
 
+GRAPHS = ("derived_cell",)  # a search's cell reads its gates on the CPU
+
 
 def unavailable(device):
     return None  # runs wherever PyTorch does

@@ -63,8 +63,9 @@ def plant(monkeypatch):
         module = ModuleType(f"fpdarts.kernels.{name}")
         module.__spec__ = ModuleSpec(module.__name__, None)
         parts = "stage", "pooling", "factorized_reduction", "normalize", "node"
-        for key in ("unavailable", *parts, "cell", "derived_cell"):
-            if (function := functions.get(key, getattr(reference, key))) is not None:
+        own = {key: getattr(reference, key) for key in ("unavailable", *parts, "cell", "derived_cell")}
+        for key, function in (own | functions).items():
+            if function is not None:
                 setattr(module, key, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         if name not in kernels.BACKENDS:

@@ -41,6 +41,24 @@ def test_a_back_end_without_derived_cells_is_not_taken_for_them(plant):
     assert kernels.available("cpu", "derived_cell")["reference"] is None
 
 
+def test_a_back_end_asked_for_by_name_computes_in_its_dtypes_only(plant):
+    plant("other", DTYPES=("float32",))
+    x = torch.ones(1, 2, 4, 4)
+    assert kernels.pooling(x, "max_pool_3x3", kernels="other").dtype == torch.float32
+    for given, amp in ((x.double(), False), (x, True)):
+        refused = pytest.raises(kernels.BackendUnavailable, match="they compute in float32, not in")
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp), refused:
+            kernels.pooling(given, "max_pool_3x3", kernels="other")
+
+
+def test_of_which_functions_a_step_can_be_captured(plant):
+    plant("triton", GRAPHS=("cell",))
+    plant("other")
+    asked = [("reference", "cell"), ("reference", "derived_cell"), ("triton", "cell"), ("triton", "derived_cell")]
+    assert [kernels.capturable(name, "cpu", function) for name, function in asked] == [False, True, True, False]
+    assert not kernels.capturable("other", "cpu")
+
+
 def slice_of_wider(n, c, h, w):
     """A channel slice, as a path reads it: not contiguous."""
     return torch.randn(n, 2 * c, h, w, dtype=torch.float64)[:, c:].requires_grad_()
@@ -183,8 +201,19 @@ def test_arguments_of_parts_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             kernels.stage(*given)
-    with pytest.raises(ValueError, match="terms of a node must have one shape"):
-        kernels.node([[(x, None)], [(x[..., 1:], None)]])
+    table = torch.ones(4)
+    for call, message in (
+        (lambda: kernels.node([[(x, None)], [(x[..., 1:], None)]]), "terms of a node must have one shape"),
+        (lambda: kernels.node([[(x, None)], []]), "every slice of a node needs a term"),
+        (lambda: kernels.pooling(x, "sep_conv_3x3"), "unknown pooling 'sep_conv_3x3'; choose one of: max_pool_3x3"),
+        (lambda: kernels.factorized_reduction(x, torch.ones(2, 3, 1), torch.ones(2, 4, 1)), r"even .* \(2, 4, c_out\)"),
+        (lambda: kernels.factorized_reduction(x, torch.ones(2, 4, 1), torch.ones(1, 4, 1)), r"odd .* \(2, 4, c_out\)"),
+        (lambda: kernels.normalize(x, table[:3]), r"weight must have shape \(4,\), not \(3,\)"),
+        (lambda: kernels.normalize(x, None, (table, table[:3])), r"variance must have shape \(4,\)"),
+        (lambda: kernels.normalize(x[..., :1, :1]), "1 images of 1x1 pixels: .* at least two values a channel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("change, message", [({"partial": 0}, "partial=0"), ({"subsets": (("none",), ())}, "empty")])

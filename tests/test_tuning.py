@@ -41,7 +41,7 @@ def test_the_fastest_is_chosen_for_all_launches_of_a_rule():
     found = {
         RULE: [(3.0, 4.0, {"TALL": 4}), (2.0, 4.0, {"TALL": 8}), (1.0, 4.0, {"TALL": 4})],  # 8 is for one of them only
         ("pooling", 8, 2): [(1.0, 2.0, two), (3.0, 2.0, four), (5.0, 2.0, two), (0.5, 2.0, four)],
-        ("drawing", 8, 2): [(1.99, 2.0, two)],  # not worth it
+        ("normalize_backward", 8, 2): [(1.99, 2.0, two)],  # not worth it
     }
     chosen, gained = tune.fastest(found)
     assert chosen == {RULE: {"TALL": 4, "maxnreg": None}, ("pooling", 8, 2): four}

@@ -5,15 +5,7 @@ from torch import Tensor
 
 from .. import Statistics
 from ..spec import DerivedCellSpec
-from .library import (
-    at_least_two_values,
-    batch_tables,
-    cell_backward,
-    cell_forward,
-    fake_gradients,
-    float32_only,
-    float32_weights,
-)
+from .library import batch_tables, cell_backward, cell_forward, fake_gradients, require_float32
 from .operators import of_operation
 from .registration import OPERATORS, below_autograd, operator
 
@@ -123,13 +115,8 @@ OPERATORS.impl(_derived_cell, _differentiable, "AutogradCPU")
 
 
 def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):
-    for x in inputs:
-        float32_only(x)
-    float32_weights(dict(weights))
+    require_float32({"input 0": inputs[0], "input 1": inputs[1], **weights})
     geometry = _geometry(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]))
-    if statistics is None:
-        n, _, height, width = _out_shape(geometry)
-        at_least_two_values(n, height, width)
     mean, variance = (None, None) if statistics is None else (table.float().contiguous() for table in statistics)
     if path_scales is not None:
         path_scales = path_scales.detach().float().reshape(len(spec.edges), -1).contiguous()

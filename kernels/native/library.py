@@ -97,28 +97,12 @@ def threads() -> int:
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
-def float32_only(x: Tensor):
-    """Raises ValueError."""
-    if x.dtype != torch.float32:
-        raise ValueError(f"native kernels compute in float32, not {x.dtype}; use --kernels reference")
-    if torch.is_autocast_enabled("cpu"):
-        raise ValueError("native kernels compute in float32; use --amp off, or --kernels reference")
-
-
-def at_least_two_values(n: int, height: int, width: int):
-    """Raises ValueError for a batch that has no statistics."""
-    if n * height * width < 2:
-        raise ValueError(
-            f"{n} images of {height}x{width} pixels: statistics of a batch need at least two values a channel"
-        )
-
-
 def batch_tables(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Zeros, for what is computed of a batch: float32 whatever PyTorch's default is."""
     return [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
 
 
-def float32_weights(tensors: dict[str, Tensor]):
+def require_float32(tensors: dict[str, Tensor]):
     """Raises ValueError."""
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":

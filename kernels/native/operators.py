@@ -8,16 +8,7 @@ from torch import Tensor
 
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
-from .library import (
-    at_least_two_values,
-    batch_tables,
-    cell_backward,
-    cell_forward,
-    fake_gradients,
-    float32_only,
-    float32_weights,
-    gradient,
-)
+from .library import batch_tables, cell_backward, cell_forward, fake_gradients, gradient, require_float32
 from .registration import OPERATORS, below_autograd, operator
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
@@ -141,13 +132,9 @@ OPERATORS.impl(_cell, _differentiable, "AutogradCPU")
 
 
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):
-    for x in inputs:
-        float32_only(x)
-    float32_weights({**weights, "operation_weights": operation_weights, "edge_weights": edge_weights})
+    mixing = {"operation_weights": operation_weights, "edge_weights": edge_weights}
+    require_float32({"input 0": inputs[0], "input 1": inputs[1], **weights, **mixing})
     geometry = _geometry(spec, inputs[0].shape[0], tuple(inputs[1].shape[2:]))
-    n, _, height, width = _out_shape(geometry)
-    if statistics is None:
-        at_least_two_values(n, height, width)
     mean, variance = (None, None) if statistics is None else (table.float().contiguous() for table in statistics)
     out, *batch, _ = _cell(
         geometry, [spec.statistics_rows, spec.slice_channels], *inputs, [weights[name] for name in spec.parameters],

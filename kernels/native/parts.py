@@ -14,15 +14,13 @@ from .. import require_stage
 from ..spec import EPSILON
 from .library import (
     PartArguments,
-    at_least_two_values,
     channels_last,
     channels_last_slice,
-    float32_only,
-    float32_weights,
     gradient,
     library,
     new_map,
     pointers,
+    require_float32,
     threads,
 )
 from .operators import of_operation
@@ -119,8 +117,7 @@ _stage.register_autograd(_backward_of_stage, setup_context=_save_stage)
 
 
 def stage(x, depthwise, pointwise, *, stride=1, dilation=1):
-    float32_only(x)
-    float32_weights({"depthwise": depthwise, "pointwise": pointwise})
+    require_float32({"x": x, "depthwise": depthwise, "pointwise": pointwise})
     require_stage(depthwise.shape[1], dilation, stride)
     return _stage(x, depthwise, pointwise, stride, dilation)
 
@@ -163,7 +160,7 @@ _pooling.register_autograd(
 
 
 def pooling(x, operation, *, stride=1):
-    float32_only(x)
+    require_float32({"x": x})
     return _pooling(x, of_operation(operation)[0], stride)
 
 
@@ -223,15 +220,14 @@ _node.register_autograd(_backward_of_node, setup_context=_save_node)
 
 def node(slices):
     terms = [(term, coefficient, s) for s, own in enumerate(slices) for term, coefficient in own]
-    for term, _, _ in terms:
-        float32_only(term)
+    require_float32({f"term {i}": term for i, (term, _, _) in enumerate(terms)})
     one = terms[0][0].new_ones(())
     coefficients = torch.stack([one if coefficient is None else coefficient.to(one) for _, coefficient, _ in terms])
     return _node([term for term, _, _ in terms], coefficients, [s for _, _, s in terms], len(slices))
 
 
 def factorized_reduction(x, even, odd):
-    float32_only(x)
+    require_float32({"x": x, "even": even, "odd": odd})
     x = F.relu(x)
     n, _, height, width = x.shape
     halves = (
@@ -241,9 +237,8 @@ def factorized_reduction(x, even, odd):
 
 
 def normalize(raw, weight=None, statistics=None):
-    float32_only(raw)
+    require_float32({"raw": raw})
     if statistics is None:
-        at_least_two_values(raw.shape[0], *raw.shape[2:])
         variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
         pixels = raw.numel() // raw.shape[1]
         told = mean.detach(), variance.detach() * (pixels / (pixels - 1))

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 DTYPES = ("float32", "bfloat16")
-GRAPHS = True  # a step may be captured as a CUDA graph: gates are read on the device, and nothing waits for it
+GRAPHS = ("cell", "derived_cell")  # gates are read on the device, and nothing waits for it
 
 
 def unavailable(device):
@@ -33,7 +33,8 @@ def unavailable(device):
         return f"they are for NVIDIA GPUs, not for {kind}; use --kernels reference"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"they need compute capability 8.0 (Ampere) or newer, this GPU has {major}.{minor}"
+        has = f"{major}.{minor}"
+        return f"they need compute capability 8.0 (Ampere) or newer, this GPU has {has}; use --kernels reference"
     return None
 
 

@@ -47,7 +47,7 @@ def path_scale(scales_ptr, edge, n, inside, IMAGES, DROP: tl.constexpr):
 
 
 @triton.jit
-def drawn(d, raw, mean, inverse, scale, sum_d, sum_dx, M, TRAINING: tl.constexpr):
+def normalize_bwd(d, raw, mean, inverse, scale, sum_d, sum_dx, M, TRAINING: tl.constexpr):
     """Backward of a normalization, on a block: from the gradient of what is normalized to that of raw."""
     d = d.to(tl.float32)
     if TRAINING:
@@ -56,8 +56,8 @@ def drawn(d, raw, mean, inverse, scale, sum_d, sum_dx, M, TRAINING: tl.constexpr
 
 
 @triton.jit
-def drawing(mean_ptr, inverse_ptr, params_ptr, gradient_ptr, row, c, inside, ROWS, C: tl.constexpr):
-    """Of channels c, what ``drawn`` takes: mean, 1 / sqrt(variance), scale, sum of d, sum of d * normalized."""
+def normalize_bwd_terms(mean_ptr, inverse_ptr, params_ptr, gradient_ptr, row, c, inside, ROWS, C: tl.constexpr):
+    """Of channels c, what ``normalize_bwd`` takes: mean, 1 / sqrt(variance), scale, sum of d, sum of d * normalized."""
     where = row * C + c
     mean = tl.load(mean_ptr + where, mask=inside, other=0.0)
     inverse = tl.load(inverse_ptr + where, mask=inside, other=0.0)

@@ -7,7 +7,7 @@ from . import tuning
 from .convolution import convolve_dgrad, convolve_wgrad
 from .forward import Forward
 from .launch import launch, padded, pieces
-from .mixture import draw_kernel, mix_bwd_kernel, node_reduce_kernel, state_bwd_kernel
+from .mixture import mix_bwd_kernel, node_reduce_kernel, normalize_bwd_kernel, state_bwd_kernel
 from .packing import collect, unpack
 from .rows import rows_dgrad
 from .rows_wgrad import rows_wgrad
@@ -43,7 +43,7 @@ class Backward:
         options = work.block | tuning.reducing(padded(p.c), work.bytes)
         launch(node_reduce_kernel, (self.parts, len(table)), tensors, moved, M=p.m, **options)
 
-    def draw(self, name, group, make, d, m: int):
+    def normalize(self, name, group, make, d, m: int):
         """Backward of normalizations, into self.raw, or in place for input states."""
         p, work = self.p, self.work
         jobs, _, job_table, part_table = p.jobs(name, group, make)
@@ -55,13 +55,15 @@ class Backward:
             "opened_ptr": work.opened, "jobs_ptr": job_table, "parts_ptr": part_table,
         }  # fmt: skip
         moved = work.moved(lambda: m * p.c * sum(2 + job[6] for job in jobs if work.open_on_host[job[4]]))
-        options = work.block | tuning.drawing(padded(p.c), work.bytes)
-        launch(draw_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, TRAINING=work.training, **options)
+        options = work.block | tuning.normalize_backward(padded(p.c), work.bytes)
+        launch(
+            normalize_bwd_kernel, (tuning.tiles(m), len(jobs)), tensors, moved, M=m, TRAINING=work.training, **options
+        )
 
     def group(self, group):
         """From the gradients of the nodes at the edges' ends to that of the group's states."""
         p, work = self.p, self.work
-        self.draw("last draw", group, lambda: p.last_draw_jobs(group), self.nodes, p.m)
+        self.normalize("last normalize", group, lambda: p.last_normalize_bwd_jobs(group), self.nodes, p.m)
         jobs, _, *tables = p.jobs("second dgrad", group, lambda: p.second_stage_dgrad_jobs(group))
         if jobs:
             moved = work.moved(lambda: 3 * p.m * p.c * work.count_open(job[4] for job in jobs))
@@ -71,7 +73,7 @@ class Backward:
                 moved=moved,
             )  # fmt: skip
             self.merge(("second dgrad", group), [[job[5], job[4]] for job in jobs], shares)
-            self.draw("first draw", group, lambda: p.first_draw_jobs(group), self.raw, p.m)
+            self.normalize("first normalize", group, lambda: p.first_normalize_bwd_jobs(group), self.raw, p.m)
 
         dx, m = (self.states, p.m_in) if group[0] < 2 else (self.dx, p.m)
         jobs, segments, *tables = p.jobs("first dgrad", group, lambda: p.first_stage_dgrad_jobs(group))

@@ -12,8 +12,8 @@ import math
 import torch
 
 from .. import Statistics
-from .derived_backward import Gradients
-from .derived_forward import Work
+from .derived_backward import DerivedBackward
+from .derived_forward import DerivedForward
 from .derived_plan import derived_plan
 from .driver import storage
 
@@ -23,7 +23,7 @@ class _DerivedCell(torch.autograd.Function):
     def forward(ctx, spec, path_scales, statistics, x0, x1, *weights):
         dtype, device = x0.dtype, x0.device
         p = derived_plan(spec, x0.shape[0], tuple(x1.shape[2:]), device)
-        work = Work(p, dtype, dict(zip(spec.parameters, weights)), path_scales, statistics)
+        work = DerivedForward(p, dtype, dict(zip(spec.parameters, weights)), path_scales, statistics)
         shape = p.n, p.out_row, *p.outer
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
         work.arrange()
@@ -44,7 +44,7 @@ class _DerivedCell(torch.autograd.Function):
         work, p = copy.copy(ctx.work), ctx.work.p
         *inputs, work.space, work.index = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:]
-        gradients = Gradients(work, d_out.to(work.dtype).contiguous(memory_format=torch.channels_last))
+        gradients = DerivedBackward(work, d_out.to(work.dtype).contiguous(memory_format=torch.channels_last))
         for level in reversed(range(len(p.levels))):
             gradients.level(level)
         gradients.states()

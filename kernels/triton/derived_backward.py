@@ -4,7 +4,7 @@ import torch
 
 from . import tuning
 from .depthwise import depthwise_wgrad_kernel, source_bwd_kernel
-from .derived_forward import Work
+from .derived_forward import DerivedForward
 from .derived_plan import NOWHERE, Factorized
 from .join import join_reduce_kernel
 from .launch import TRITON_DTYPE, dot_options, launch, pieces
@@ -13,10 +13,10 @@ from .pointwise import pointwise_dgrad_kernel, pointwise_wgrad_kernel
 from .rows import rows_tiles
 
 
-class Gradients:
+class DerivedBackward:
     """A cell's buffers in one backward, and the launches on them. d_out: of the cell's output, channels_last."""
 
-    def __init__(self, work: Work, d_out):
+    def __init__(self, work: DerivedForward, d_out):
         self.work, self.p, self.d_out = work, work.p, d_out
         self.d = torch.empty(self.p.d_space, dtype=work.dtype, device=self.p.device)
         self.flat = torch.empty(self.p.params, device=self.p.device)  # of all weights, as they lie in params

@@ -12,7 +12,7 @@ from .pointwise import pointwise_fwd_kernel
 from .rows import rows_tiles
 
 
-class Work:
+class DerivedForward:
     """A cell's buffers in one forward, and the launches on them. What backward needs stays here."""
 
     def __init__(self, p: DerivedPlan, dtype: torch.dtype, weights: dict, path_scales, statistics):

@@ -78,7 +78,7 @@ class _Cell(torch.autograd.Function):
         d_inputs, d_weights, d_mix = [None, None], [None] * len(need), (None, None)
         if any(need) or any(need_x):
             gradients.group((0, 1))
-            gradients.draw("states", (0, 1), p.state_draw_jobs, gradients.states, p.m_in)
+            gradients.normalize("states", (0, 1), p.state_normalize_bwd_jobs, gradients.states, p.m_in)
             d_inputs = [gradients.preprocess(i, x) if need_x[i] else None for i, x in enumerate((x0, x1))]
         if any(need):
             flat = gradients.weights((x0, x1)).split([math.prod(size) for size in ctx.sizes])
@@ -89,13 +89,9 @@ class _Cell(torch.autograd.Function):
 
 
 def storage(x: torch.Tensor) -> torch.dtype:
-    """What a cell's maps are stored in: its input's dtype, or that of autocast. Raises ValueError for any other."""
-    dtype, kind = x.dtype, x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"triton kernels compute in float32 or bfloat16, not {dtype}; use --kernels reference")
-    return dtype
+    """What a cell's maps are stored in: its input's dtype, or that of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):

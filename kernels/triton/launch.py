@@ -103,6 +103,12 @@ def pieces(count: int, size: int) -> int:
     return -(-count // size)
 
 
+def require_addressable(elements: int, images: int, size):
+    """Kernels count the elements of a map in 32 bits. Raises ValueError where that does not suffice."""
+    if elements >= 2**31:
+        raise ValueError(f"{images} images of {size[0]}x{size[1]} are too many for one launch; use a smaller batch")
+
+
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from ..spec import OPERATIONS, CellSpec
-from .launch import padded
+from .launch import padded, require_addressable
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Layout:
             self.m_in * spec.input_channels[1],
             self.m * self.c * self.k * self.nodes,
         )
-        if max(elements) >= 2**31:
-            raise ValueError(f"{n} images of {size[0]}x{size[1]} are too many for one cell; use a smaller batch")
+        require_addressable(max(elements), n, size)
         self.slice_in, self.slice = (-(-rows * self.c // 16) * 16 for rows in (self.m_in, self.m))
         self.strided = spec.reduction
         self.states_end = 2 * self.k * self.slice_in

@@ -243,7 +243,7 @@ def node_reduce_kernel(
 
 
 @kernel
-def draw_kernel(
+def normalize_bwd_kernel(
     d_ptr, raw_ptr, out_ptr, mean_ptr, inverse_ptr, coefficients_ptr, sums_ptr, opened_ptr, jobs_ptr, parts_ptr, M,
     TRAINING: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

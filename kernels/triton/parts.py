@@ -7,8 +7,8 @@ from .. import require_stage
 from ..spec import EPSILON
 from . import tuning
 from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
-from .launch import launch, padded, pieces
-from .mixture import draw_kernel, node_fwd_kernel, node_reduce_kernel, normalize_fwd_kernel, state_bwd_kernel
+from .launch import launch, padded, pieces, require_addressable
+from .mixture import node_fwd_kernel, node_reduce_kernel, normalize_bwd_kernel, normalize_fwd_kernel, state_bwd_kernel
 from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd
 from .rows import forward_options, rows_dgrad, rows_fwd, rows_shares
@@ -25,12 +25,12 @@ def _table(rows, device) -> Tensor:
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """x such that its pixels are rows a fixed distance apart, and that distance: itself where it is so, as a slice of a
     wider channels_last map is."""
-    _, c, h, w = x.shape
+    n, c, h, w = x.shape
     row = x.stride(3)
-    if x.stride() == (h * w * row, 1, w * row, row) and row >= c:
-        return x, row
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x, c
+    if x.stride() != (h * w * row, 1, w * row, row) or row < c:
+        x, row = x.contiguous(memory_format=torch.channels_last), c
+    require_addressable(n * h * w * row, n, (h, w))
+    return x, row
 
 
 def _normalizing_nothing(none: Tensor) -> dict[str, Tensor]:
@@ -38,6 +38,7 @@ def _normalizing_nothing(none: Tensor) -> dict[str, Tensor]:
 
 
 def _new(n: int, c: int, size, like: Tensor) -> Tensor:
+    require_addressable(n * c * size[0] * size[1], n, size)
     return torch.empty(n, c, *size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
@@ -278,7 +279,7 @@ class _Normalize(torch.autograd.Function):
             "coefficients_ptr": one, "sums_ptr": sums, "opened_ptr": opened,
             "jobs_ptr": _table([[0, 0, 0, 1, 0, 0, 1]], device), "parts_ptr": _table([[0, 0, 0, 1]], device),
         }  # fmt: skip
-        launch(draw_kernel, (tuning.tiles(m), 1), tensors, 3 * raw.nbytes, M=m, TRAINING=ctx.training, **block)
+        launch(normalize_bwd_kernel, (tuning.tiles(m), 1), tensors, 3 * raw.nbytes, M=m, TRAINING=ctx.training, **block)
         return d_raw, sums[1] if ctx.has_weight else None, None, None
 
 

@@ -195,7 +195,7 @@ class Plan(Layout):
         node, coefficient = self.node_of(row), self.coefficient(row, column)
         return [self.node_gradient(node, path), coefficient, self.node_sums + node * self.k + path, coefficient]
 
-    def last_draw_jobs(self, group):
+    def last_normalize_bwd_jobs(self, group):
         """Normalizations right before a node: (jobs, parts)."""
         jobs, parts = [], []
 
@@ -215,7 +215,7 @@ class Plan(Layout):
                 add(self.spec.statistics[name][source], [self.node_part(row, path, column) for row in rows])
         return jobs, parts
 
-    def first_draw_jobs(self, group):
+    def first_normalize_bwd_jobs(self, group):
         """Normalizations between the two stages; the gradient lies where its own is to go."""
         jobs, parts = [], []
         for instance in self.between(group):
@@ -292,7 +292,7 @@ class Plan(Layout):
                 ])  # fmt: skip
         return jobs, poolings, through
 
-    def state_draw_jobs(self):
+    def state_normalize_bwd_jobs(self):
         """Normalizations of the input states, in place; a state is its own normalized output: (jobs, parts)."""
         jobs, parts = [], []
         for instance in range(2 * self.k):

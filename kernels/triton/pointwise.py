@@ -9,7 +9,7 @@ HALF is C.
 import triton
 import triton.language as tl
 
-from .affine import activated, affine, drawing, drawn, incoming, path_scale
+from .affine import activated, affine, incoming, normalize_bwd, normalize_bwd_terms, path_scale
 from .convolution import position
 from .launch import kernel
 from .statistics import counters_of, take_statistics
@@ -107,10 +107,12 @@ def pointwise_dgrad_kernel(
             mask = loaded[:, None] & real[None, :]
             d = tl.load(d_ptr + (where * d_row)[:, None] + c[None, :], mask=mask, other=0.0)
             raw = tl.load(raw_ptr + (where * C)[:, None] + c[None, :], mask=mask, other=0.0)
-            mean, inverse, scale, sum_d, sum_dx = drawing(
+            mean, inverse, scale, sum_d, sum_dx = normalize_bwd_terms(
                 mean_ptr, inverse_ptr, params_ptr, gradient_ptr, row, c, real, ROWS, C
             )
-            d = drawn(d * samples[:, None], raw, mean, inverse, scale, sum_d, sum_dx, M // (STRIDE * STRIDE), TRAINING)
+            d = normalize_bwd(
+                d * samples[:, None], raw, mean, inverse, scale, sum_d, sum_dx, M // (STRIDE * STRIDE), TRAINING
+            )
             d = tl.where(mask, d, 0.0)
             weights = tl.load(
                 weight_ptr + (j * C_IN)[:, None] + ci[None, :], mask=real[:, None] & kept[None, :], other=0.0
@@ -151,7 +153,7 @@ def pointwise_wgrad_kernel(
     edge, row = tl.load(jobs_ptr + 2).to(tl.int32), tl.load(jobs_ptr + 4).to(tl.int32)
     raw_ptr += tl.multiple_of(tl.load(jobs_ptr + 3), 8)
     x_ptr += tl.multiple_of(tl.load(jobs_ptr + 5), 8)
-    mean, inverse, scale, sum_d, sum_dx = drawing(
+    mean, inverse, scale, sum_d, sum_dx = normalize_bwd_terms(
         mean_ptr, inverse_ptr, params_ptr, gradient_ptr, row, c, real, ROWS, C
     )
     if ACTIVATE:
@@ -167,7 +169,7 @@ def pointwise_wgrad_kernel(
         raw = tl.load(raw_ptr + (where * C)[:, None] + c[None, :], mask=mask, other=0.0)
         if DROP:
             d = d * path_scale(scales_ptr, edge, rows // (OH * OW), inside, IMAGES, DROP)[:, None]
-        d = tl.where(mask, drawn(d, raw, mean, inverse, scale, sum_d, sum_dx, M, TRAINING), 0.0)
+        d = tl.where(mask, normalize_bwd(d, raw, mean, inverse, scale, sum_d, sum_dx, M, TRAINING), 0.0)
         where = _input_rows(rows, half, H, W, OH, OW, STRIDE).to(tl.int64) * C_IN
         values = tl.load(x_ptr + where[:, None] + ci[None, :], mask=inside[:, None] & kept[None, :], other=0.0)
         if ACTIVATE:

@@ -53,7 +53,7 @@ def reducing(wide: int, size: int) -> dict:
 
 
 @timed
-def drawing(wide: int, size: int) -> dict:
+def normalize_backward(wide: int, size: int) -> dict:
     return {"num_warps": 2 if wide <= 16 else 4}
 
 
