@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import parts, steps
 from benchmarks.setting import Case, Setting
 from benchmarks.sides import Side
-from fpdarts.verify import arithmetic
+from fpdarts.verify import SHARE, arithmetic
 
 STEPS = ("search-step", "arch-step", "retrain-step")
 PARTS = ("cell", "stage", "pooling", "node")
@@ -69,7 +69,7 @@ def check(what: str, side: Side, setting: Setting, case: Case, expected: dict[st
     largest = max((norms[name] for name in gradients), default=0)
     for name, error in errors.items():
         # a gradient that all but vanishes beside the largest is rounding
-        error /= max(norms[name], 1e-3 * largest if name in gradients else 1e-12)
+        error /= max(norms[name], SHARE * largest if name in gradients else 1e-12)
         # not "error > tolerance": NaN is an error too
         assert error <= tolerance, f"{what} on {side}: {name} is off by {error:.1e}, relative; allowed {tolerance:g}"
 

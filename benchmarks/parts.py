@@ -11,12 +11,10 @@ from benchmarks import work
 from benchmarks.setting import Case
 from benchmarks.work import Passes
 from fpdarts import kernels
+from fpdarts.check_cases import EDGES, TERMS
 from fpdarts.gates import GateSampler
 from fpdarts.space import DEFAULT_SUBSETS
 from tests.naive import NaiveCell, separable
-
-EDGES = 4  # of a stage: the most that leave one state
-TERMS = 20  # in each slice of a node: five incoming edges, three normalized operations and the bypass
 
 
 def _part(side, setting, inputs: dict[str, Tensor], function: Callable, passes: Passes, pack=None) -> Case:

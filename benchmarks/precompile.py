@@ -3,7 +3,7 @@
     python -m benchmarks.precompile --arch 90 --out compiled.tar.xz
     python -m benchmarks.gpu --precompiled compiled.tar.xz ...
 
-Compiling takes longer than all measurements together, and a GPU that is lent by the minute is not to wait for it. Both
+Compiling takes longer than all measurements together, and a GPU that is paid by the minute need not wait for it. Both
 machines need the same versions of Triton and of this checkout; what a file lacks is compiled where it is missing.
 Stopped and called again, it goes on.
 """
@@ -40,11 +40,11 @@ def _checked(arch: int) -> list[dict]:
     from fpdarts.kernels.triton.launch import counting
 
     from fpdarts.check import compute_all
-    from fpdarts.check_cases import Side
+    from fpdarts.check_cases import Side, operations
 
     with counting() as launched:
         for amp in ("off", "bf16"):
-            compute_all(Side("triton", torch.device("meta"), torch.float32, amp))
+            compute_all(operations(), Side("triton", torch.device("meta"), torch.float32, amp))
     return [aot.specialized(launch, arch) for launch in launched.all]
 
 

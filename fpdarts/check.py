@@ -3,7 +3,7 @@ derived networks and whole steps of the supernet, against the reference in float
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -27,9 +27,9 @@ def _outcome(case: Case, side: Side, seed: int) -> dict[str, float]:
     return relative_errors(found, case.compute(side.truth(), seed))
 
 
-def compute_all(side: Side):
-    """Every case once: on the meta device this tells what a back end launches."""
-    for cases in operations().values():
+def compute_all(checked: Mapping[str, list[Case]], side: Side):
+    """Every case of operations once: on the meta device this tells what a back end launches."""
+    for cases in checked.values():
         for case in cases:
             case.compute(side, SEEDS[0])
 
@@ -90,11 +90,16 @@ def _line(row: dict) -> str:
 
 
 def check_kernels(
-    kernels: str = "auto", device: str = "auto", amp: str = "off", say: Callable[[str], None] = print
+    kernels: str = "auto",
+    device: str = "auto",
+    amp: str = "off",
+    say: Callable[[str], None] = print,
+    checked: Mapping[str, list[Case]] | None = None,
 ) -> dict:
     """Checks every operation of a back end against the reference in float64 on the CPU.
 
-    kernels: the back end, or auto. say: is given the lines of a table, as they are known.
+    kernels: the back end, or auto. say: is given the lines of a table, as they are known. checked: cases of each
+    operation; None for all of check_cases.operations.
     Returns {kernels, device, amp, rows: [{operation, output_error, gradient_error (None: has none), output_tolerance,
     gradient_tolerance, worst: the tensor and the setting nearest to, or farthest out of, its tolerance, passed}],
     passed}.
@@ -103,13 +108,14 @@ def check_kernels(
     chosen = select_device(device)
     name = backend_name(kernels, chosen, amp)
     lacks = kernel_backends.available(chosen.type, "derived_cell")[name]
+    checked = operations() if checked is None else checked
     side = Side(name, chosen, torch.float32, amp)
     say(f"kernels {name} on {chosen}, mixed precision {amp}: relative errors against the reference in float64")
     say(_columns("operation", "output", "allowed", "gradient", "allowed", "worst"))
     rows = []
     with one_precision():
-        compile_launches(partial(compute_all, replace(side, device=torch.device("meta"))), name, chosen)
-        for operation, cases in operations().items():
+        compile_launches(partial(compute_all, checked, replace(side, device=torch.device("meta"))), name, chosen)
+        for operation, cases in checked.items():
             if lacks and operation.startswith("derived"):
                 say(f"{operation}: {lacks}")
                 continue

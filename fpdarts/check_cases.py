@@ -291,10 +291,12 @@ def _step(side, seed, trained):
     return {"loss": loss, "logits": logits, f"d_{trained}": d_trained}
 
 
-def operations() -> dict[str, list[Case]]:
+def operations(
+    shapes: tuple[Shape, ...] = SHAPES, derived_shapes: tuple[tuple[int, int], ...] = DERIVED_SHAPES
+) -> dict[str, list[Case]]:
     """Every operation that is checked, in all its settings."""
 
-    def part(compute, *arguments, shapes=SHAPES, **options):
+    def part(compute, *arguments, shapes=shapes, **options):
         def at(shape):
             return lambda side, seed: compute(side, seed, shape, *arguments, **options)
 
@@ -310,7 +312,7 @@ def operations() -> dict[str, list[Case]]:
                 cases.append(Case(f"{kind}, {shape}", compute, CELL_TOLERANCE))
         return cases
 
-    found, small = {}, SHAPES[-2:-1]  # the last of an even size
+    found, small = {}, shapes[-2:-1]  # the last of an even size
     for name, operation in OPERATIONS.items():
         for stride in (1, 2):
             if operation.kind == "convolution":
@@ -319,19 +321,19 @@ def operations() -> dict[str, list[Case]]:
                 found[f"pooling {name}, stride {stride}"] = part(_pooling, name, stride)
         if operation.stages == 2:
             found[f"stage {name}, a slice an edge"] = part(_stage, name, 1, own=True)
-    even = [shape for shape in SHAPES if shape.size % 2 == 0]
+    even = [shape for shape in shapes if shape.size % 2 == 0]
     found["factorized_reduction"] = part(_factorized_reduction, shapes=even)
     found["normalize"] = part(_normalize)
     found["normalize, statistics given"] = part(_normalize, given=True)
     found["node"] = part(_node)
     for kind in CELLS:
-        found[f"cell, {kind}"] = cell([kind], SHAPES)
+        found[f"cell, {kind}"] = cell([kind], shapes)
     for gates in GATES:
         found[f"cell, gates {gates}"] = cell(CELLS, small, gates=gates)
     for asked in ("weights", "architecture"):
         found[f"cell, gradients of {asked}"] = cell(CELLS, small, gates="sampled", asked=asked)
     found["cell, evaluation"] = cell(CELLS, small, gates="expected", asked="none")
-    odd = DERIVED_SHAPES[-1:]
+    odd = derived_shapes[-1:]
 
     def derived(kinds, shapes, **options):
         cases = []
@@ -343,7 +345,7 @@ def operations() -> dict[str, list[Case]]:
         return cases
 
     for kind in DERIVED:
-        found[f"derived cell, {kind}"] = derived([kind], DERIVED_SHAPES)
+        found[f"derived cell, {kind}"] = derived([kind], derived_shapes)
     found["derived cell, drop-path"] = derived(DERIVED, odd, drop_path=True)
     found["derived cell, evaluation"] = derived(DERIVED, odd, evaluation=True)
     for trained in ("weights", "architecture"):

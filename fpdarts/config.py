@@ -31,15 +31,19 @@ class RunConfig:
     out: str | None = None
     """Run directory, new or empty; runs/COMMAND-DATA-TIME if not given."""
     epochs: int | None = None
+    """Passes over the images that train the weights."""
     batch_size: int | None = None
+    """Images a step."""
     init_channels: int | None = None
     """C, channels of the first cell."""
     cells: int | None = None
+    """Depth, in cells; those at one and at two thirds of it are reductions."""
     learning_rate: float | None = None
     """Of the weights, at its highest."""
     weight_decay: float | None = None
     """Of the weights."""
     momentum: float = 0.9
+    """Of the weights' SGD."""
     gradient_clip: float = 5.0
     """Largest norm of the weights' gradient."""
     image_size: int | None = None
@@ -50,6 +54,8 @@ class RunConfig:
     """Of everything random: initialization, split, order, augmentation, gates, drop-path."""
     device: str = "auto"
     """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    kernels: Kernels = "auto"
+    """What computes the cells: reference (PyTorch), native (CPU), triton (NVIDIA), or auto, the fastest that can."""
     amp: Amp | None = None
     """Mixed precision, bf16 on CUDA; off elsewhere, and there bf16 is refused."""
     cuda_graphs: bool = True
@@ -81,13 +87,14 @@ class SearchConfig(RunConfig):
     """What makes weights of alpha and beta."""
     gates: Literal["step", "fixed", "both"] = "step"
     """Open paths: drawn for every step, drawn once, or always both."""
-    kernels: Kernels = "auto"
     unrolled: bool = False
     """Second-order architecture gradient."""
     unrolled_step_size: float = 0.01
-    """r of its finite difference R = r / ||v||."""
+    """With --unrolled: r of its finite difference R = r / ||v||."""
     architecture_learning_rate: float | None = None
+    """Of the Adam of alpha and beta."""
     architecture_weight_decay: float = 1e-3
+    """Of alpha and beta."""
     architecture_clip: float | None = None
     """Largest norm of the architecture gradient; 0 for no clipping."""
     architecture_from: int | None = None
@@ -114,11 +121,11 @@ class RetrainConfig(RunConfig):
     auxiliary_weight: float | None = None
     """Weight of the auxiliary head's loss; 0 for no head."""
     drop_path: float | None = None
-    """Probability at the end of training; it grows linearly from 0."""
+    """Probability p at the end of training: in epoch e of E, counted from 0, it is p * e / E."""
     label_smoothing: float | None = None
+    """Share of the target that is spread over all classes."""
     cutout: int | None = None
     """Side of the square that is cut out of every image, 16 with protocol cifar; 0 for none."""
-    kernels: Kernels = "auto"
     holdout: float = 0.0
     """Part of the training images kept for validation; the test set is read once, at the end."""
     validate_every: int = 1
@@ -136,8 +143,11 @@ class EvaluateConfig:
     limit: int | None = None
     """Use this many test images, balanced over the classes."""
     batch_size: int | None = None
+    """Images at a time; the run's own if not given."""
     device: str = "auto"
+    """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
     amp: Amp | None = None
+    """Mixed precision; bf16 on CUDA and off elsewhere if not given."""
     loader: Reader = "auto"
     """What reads the images: resident (from the device's memory), dali, torchvision, or auto, the fastest that can."""
     workers: int | None = None
@@ -203,7 +213,18 @@ def resolved(config: SearchConfig | RetrainConfig, protocol: str) -> SearchConfi
         start = min(round(config.epochs * ARCHITECTURE_START[protocol]), config.epochs - 1)
         config = replace(config, architecture_from=start)
     require_in_range(config)
+    if not config.resume:  # the run that was saved may have it
+        _require_used(config)
     return config
+
+
+def _require_used(config: SearchConfig | RetrainConfig):
+    """Raises ValueError for an option that does nothing without another."""
+    searching = isinstance(config, SearchConfig)
+    name, needs = ("unrolled_step_size", "unrolled") if searching else ("validate_every", "holdout")
+    if getattr(config, name) != getattr(type(config), name) and not getattr(config, needs):
+        name = name.replace("_", "-")
+        raise ValueError(f"--{name} does nothing without --{needs}; add that, or leave --{name} out")
 
 
 # What a field must be, and when it is; a field that is None stays open.
@@ -283,7 +304,7 @@ def learning_rate(config: SearchConfig | RetrainConfig, epoch: int) -> float:
         return cosine
     if epoch < epochs - few:
         return highest * (epochs - few - epoch) / (epochs - few)
-    return highest * (epochs - epoch) / ((epochs - few) * max(few, 1))
+    return highest * (epochs - epoch) / ((epochs - few) * few)
 
 
 def as_dict(config) -> dict:

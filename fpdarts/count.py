@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpdarts.genotype import Genotype
 from fpdarts.network import DerivedNetwork
-from fpdarts.space import STEMS
+from fpdarts.space import validate_stem
 
 _IMAGE_SIZE = {"cifar": 32, "imagenet": 224}
 _NUM_CLASSES = {"cifar": 10, "imagenet": 1000}
@@ -39,7 +39,7 @@ def count(network: DerivedNetwork, image_size: int) -> dict[str, int]:
     """
     parameters = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary_head."))
     copy = deepcopy(network).to("meta").eval()  # where the auxiliary head does not run
-    copy.kernels = "reference"
+    copy.kernels = "auto"  # the reference there
     weight = next(copy.parameters())
     with torch.no_grad(), _Macs() as macs:
         copy(torch.empty(1, 3, image_size, image_size, device="meta", dtype=weight.dtype))
@@ -53,8 +53,7 @@ def count_genotype(
 
     Raises ValueError as DerivedNetwork does.
     """
-    if stem not in STEMS:
-        raise ValueError(f"unknown stem {stem!r}; the stems are: {', '.join(STEMS)}")
+    validate_stem(stem)
     if num_classes is None:
         num_classes = _NUM_CLASSES[stem]
     for name, value in {"init_channels": init_channels, "cells": cells, "num_classes": num_classes}.items():

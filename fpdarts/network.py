@@ -11,7 +11,7 @@ from fpdarts import kernels as kernel_backends
 from fpdarts.genotype import Genotype
 from fpdarts.kernels import Statistics
 from fpdarts.kernels.spec import OPERATIONS, DerivedCellSpec
-from fpdarts.space import STEMS, reduction_cells
+from fpdarts.space import reduction_cells, validate_stem
 
 _MOMENTUM = 0.1  # of running statistics, as torch.nn.BatchNorm2d
 
@@ -57,6 +57,10 @@ class FactorizedReduction(nn.Module):
         self.even = nn.Conv2d(channels_in, half, 1, stride=2, bias=False)
         self.odd = nn.Conv2d(channels_in, channels_out - half, 1, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return self.norm(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], 1))
 
 
 def make_operation(name: str, channels: int, stride: int) -> nn.Module:
@@ -221,8 +225,7 @@ class DerivedNetwork(nn.Module):
         super().__init__()
         kernel_backends.validate(kernels)
         self.kernels = kernels
-        if stem not in STEMS:
-            raise ValueError(f"unknown stem {stem!r}; the stems are: {', '.join(STEMS)}")
+        validate_stem(stem)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if cells < 3:

@@ -113,7 +113,7 @@ class Run:
         metrics = read_metrics(path)
         if len(metrics) < done:
             raise RunError(
-                f"{path / 'metrics.jsonl'} has {len(metrics)} epochs, the checkpoint {done}: lines are missing"
+                f"{path / 'metrics.jsonl'} has {len(metrics)} epochs, the checkpoint {done}; restore its lines"
             )
         if checkpoint is None and len(metrics) > 1:  # one, if it was stopped before the first checkpoint
             raise RunError(f"{path} has metrics of {len(metrics)} epochs, but no checkpoint; restore one")
@@ -175,7 +175,7 @@ def read_config(path: Path, kind: type):
         raise RunError(f"{path} holds no run: {file} is missing")
     saved = read_json_object(file)
     if saved.pop("command", None) != kind.command:
-        raise RunError(f"{path} is not the directory of a {kind.command} run")
+        raise RunError(f"{path} is the directory of another command's run; give one of {kind.command}")
     version = saved.pop("version", None)
     try:
         return restored(kind, saved)
@@ -219,7 +219,7 @@ def load_checkpoint(path: Path, missing_ok: bool = False) -> dict | None:
     if not files and missing_ok:
         return None
     if not files:
-        raise RunError(f"{path} holds no checkpoint yet")
+        raise RunError(f"{path} holds no checkpoint yet: let its first epoch end")
     for _, file in files:
         try:
             return _read_checkpoint(file)

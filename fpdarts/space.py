@@ -12,6 +12,12 @@ DEFAULT_SUBSETS = (
 )
 
 
+def validate_stem(stem: str):
+    """Raises ValueError, with the valid names, for an unknown one."""
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}; choose one of: {', '.join(STEMS)}")
+
+
 def validate_subsets(subsets: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     """The subsets as tuples. Raises ValueError for an empty, unknown, repeated or only-``none`` entry."""
     subsets = tuple(tuple(subset) for subset in subsets)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fpdarts import kernels as kernel_backends
 from fpdarts.genotype import Genotype
 from fpdarts.kernels.spec import CellSpec
-from fpdarts.space import DEFAULT_SUBSETS, STEMS, reduction_cells, validate_subsets
+from fpdarts.space import DEFAULT_SUBSETS, reduction_cells, validate_stem, validate_subsets
 
 WEIGHTINGS = ("sigmoid", "softmax")
 ARCHITECTURE = ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce")  # the architecture's parameters
@@ -87,8 +87,7 @@ class SuperNet(nn.Module):
         kernels: str = "auto",
     ):
         super().__init__()
-        if stem not in STEMS:
-            raise ValueError(f"unknown stem {stem!r}; choose one of: {', '.join(STEMS)}")
+        validate_stem(stem)
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; choose one of: {', '.join(WEIGHTINGS)}")
         kernel_backends.validate(kernels)

@@ -10,7 +10,7 @@ Two orders of a cell's edges are in use:
   edges that leave a state read the same slice of channels, so they lie side by side and are computed together.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from typing import NamedTuple
@@ -61,6 +61,13 @@ def edges(nodes: int) -> tuple[Edge, ...]:
     return tuple(Edge(node, source) for node in range(nodes) for source in range(node + 2))
 
 
+def _compute_now(spec):
+    """What follows from a specification's fields: torch.compile cannot trace the lock around the first time."""
+    for name, attribute in vars(type(spec)).items():
+        if isinstance(attribute, cached_property):
+            getattr(spec, name)
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """One cell of the supernet: all that a back end may specialise on.
@@ -90,9 +97,7 @@ class CellSpec:
             raise ValueError(f"{len(self.subsets)} paths need as many slices, but partial={self.partial}")
         if not all(self.subsets):
             raise ValueError("every path needs operations to choose from, but one of subsets is empty")
-        for name, attribute in vars(CellSpec).items():
-            if isinstance(attribute, cached_property):
-                getattr(self, name)  # now: torch.compile cannot trace the lock around the first time
+        _compute_now(self)
 
     @property
     def slice_channels(self) -> int:
@@ -222,34 +227,11 @@ class DerivedCellSpec:
     reduction: bool = False
     factorized_input: bool = False
 
-    # These follow from the others. They are no cached properties, whose lock torch.compile cannot trace.
-    factorized: dict[str, int] = field(init=False, repr=False, compare=False)
-    """Every factorized reduction by name, and the channels that it reads."""
-    parameters: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    """Shape of every weight by name, those of convolutions as torch.nn.Conv2d has them."""
-    normalizations: dict[str, int] = field(init=False, repr=False, compare=False)
-    """Row of each normalization, by name, in the cell's table of statistics, (rows, C)."""
-    live: frozenset[int] = field(init=False, repr=False, compare=False)
-    """States that the cell's output depends on."""
-    unread: frozenset[str] = field(init=False, repr=False, compare=False)
-    """Weights that it does not depend on: they have no gradient."""
-
     def __post_init__(self):
         for i, (name, source) in enumerate(self.edges):
             if OPERATIONS[name].kind == "none" or not 0 <= source < i // 2 + 2:
                 raise ValueError(f"edge {i} cannot be {name} from state {source}")
-        object.__setattr__(self, "factorized", self._factorized())
-        object.__setattr__(self, "parameters", self._parameters())
-        names = [name.removesuffix(".bias") for name in self.parameters if name.endswith(".bias")]
-        object.__setattr__(self, "normalizations", {name: row for row, name in enumerate(names)})
-        live = set(self.concat)
-        for edge, (_, source) in reversed(list(enumerate(self.edges))):
-            if self.node(edge) + 2 in live:
-                live.add(source)
-        object.__setattr__(self, "live", frozenset(live))
-        dead = [f"preprocess{i}." for i in range(2) if i not in live]
-        dead += [f"operations.{edge}." for edge in range(len(self.edges)) if self.node(edge) + 2 not in live]
-        object.__setattr__(self, "unread", frozenset(n for n in self.parameters if n.startswith(tuple(dead))))
+        _compute_now(self)
 
     @property
     def nodes(self) -> int:
@@ -270,14 +252,18 @@ class DerivedCellSpec:
         firsts = [4 * stage + 1 for stage in stages]  # behind a ReLU each
         return tuple(Stage(f"{start}.{i}.weight", f"{start}.{i + 1}.weight", f"{start}.{i + 2}") for i in firsts)
 
-    def _factorized(self) -> dict[str, int]:
+    @cached_property
+    def factorized(self) -> dict[str, int]:
+        """Every factorized reduction by name, and the channels that it reads."""
         found = {"preprocess0": self.input_channels[0]} if self.factorized_input else {}
         for edge, (name, _) in enumerate(self.edges):
             if OPERATIONS[name].kind == "skip" and self.stride(edge) == 2:
                 found[f"operations.{edge}"] = self.channels
         return found
 
-    def _parameters(self) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight by name, those of convolutions as torch.nn.Conv2d has them."""
         c, shapes = self.channels, {}
 
         def normalization(name):
@@ -303,3 +289,25 @@ class DerivedCellSpec:
             if f"operations.{edge}" in self.factorized:
                 factorized(f"operations.{edge}")
         return shapes
+
+    @cached_property
+    def normalizations(self) -> dict[str, int]:
+        """Row of each normalization, by name, in the cell's table of statistics, (rows, C)."""
+        names = [name.removesuffix(".bias") for name in self.parameters if name.endswith(".bias")]
+        return {name: row for row, name in enumerate(names)}
+
+    @cached_property
+    def live(self) -> frozenset[int]:
+        """States that the cell's output depends on."""
+        live = set(self.concat)
+        for edge, (_, source) in reversed(list(enumerate(self.edges))):
+            if self.node(edge) + 2 in live:
+                live.add(source)
+        return frozenset(live)
+
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Weights that it does not depend on: they have no gradient."""
+        dead = [f"preprocess{i}." for i in range(2) if i not in self.live]
+        dead += [f"operations.{edge}." for edge in range(len(self.edges)) if self.node(edge) + 2 not in self.live]
+        return frozenset(name for name in self.parameters if name.startswith(tuple(dead)))

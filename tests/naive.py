@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fpdarts import network
 from fpdarts.supernet import SuperNet
 
 
@@ -211,18 +210,12 @@ class NaiveSuperNet(nn.Module):
 def derived_cell(cell, before, previous, path_scales=None):
     """What a derived network's cell computes, by calling its modules; running statistics move in training."""
 
-    def run(module, x):
-        if isinstance(module, network.FactorizedReduction):
-            x = F.relu(x)
-            return module.norm(torch.cat([module.even(x), module.odd(x[:, :, 1:, 1:])], 1))
-        return module(x)
-
-    states = [run(cell.preprocess0, before), run(cell.preprocess1, previous)]
+    states = [cell.preprocess0(before), cell.preprocess1(previous)]
     for node in range(len(cell.operations) // 2):
         total = 0
         for edge in (2 * node, 2 * node + 1):
             module = cell.operations[edge]
-            out = run(module, states[cell.spec.edges[edge][1]])
+            out = module(states[cell.spec.edges[edge][1]])
             if path_scales is not None and not isinstance(module, nn.Identity):
                 out = out * path_scales[edge].to(out.dtype)
             total = total + out

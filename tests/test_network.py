@@ -197,7 +197,7 @@ def test_kernels_are_a_choice():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"stem": "mnist"}, "unknown stem 'mnist'; the stems are: cifar, imagenet"),
+        ({"stem": "mnist"}, "unknown stem 'mnist'; choose one of: cifar, imagenet"),
         ({"cells": 2}, "at least 3 cells"),
         ({"num_classes": 0}, "num_classes"),
         ({"init_channels": 0}, "init_channels"),

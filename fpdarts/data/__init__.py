@@ -1,7 +1,8 @@
 """Images in: what is on disk becomes an ImageData, a Loader turns it into batches.
 
 Read in this order: images.py (the types), source.py (which format a path holds), augment.py, loader.py, and then what
-reads for it: resident.py (with cache.py), dali.py or workers.py.
+reads for it: resident.py (with cache.py), dali.py or workers.py. folder.py is below all of them: the files of an image
+folder, found, looked into and decoded, on all cores.
 """
 
 from fpdarts.data.augment import Augmentation, augmentation

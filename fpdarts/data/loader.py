@@ -62,7 +62,9 @@ class Loader:
         device's memory), ``dali``, ``torchvision`` or ``auto``. workers: threads (dali) or processes (torchvision) that
         decode, None for as many as cores, at most 8; 0 is this process itself. Resident images need none.
     rank, ranks: which share of every epoch is read here. In evaluation the ranks together have every image once; in
-        training all have as many batches, and up to ranks - 1 images of an epoch, always others, are left out.
+        training all have as many batches, and up to ranks - 1 images of an epoch, always others, are left out. For
+        loops of one's own, as are iteration and state_dict(): search, retrain and evaluate are one process, and ask
+        for epochs.
 
     Raises ValueError for an augmentation that these images cannot have, DataError for too few images, for files that
     are no images (named; under protocol imagenet their headers are read now) and, in an epoch, naming a file that
