@@ -23,6 +23,7 @@ from fpdarts.training import (
     Progress,
     autocast,
     evaluate_model,
+    make_reproducible,
     require_finite,
     require_finite_loss,
     select_amp,
@@ -48,7 +49,7 @@ def retrain(config: RetrainConfig) -> dict:
     reader, told_reader = select_reader(config.loader, data)
     train_loader, holdout_loader, test_loader = _loaders(config, data, device, reader)
 
-    torch.manual_seed(config.seed)
+    make_reproducible(config.seed)
     network = build_network(config, genotype, len(data.classes)).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(config, network, device)
     take_step = _steps(config, serving, network, optimizer, device)

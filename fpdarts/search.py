@@ -22,6 +22,7 @@ from fpdarts.training import (
     Meter,
     Progress,
     autocast,
+    make_reproducible,
     require_finite,
     select_amp,
     select_device,
@@ -45,7 +46,7 @@ def search(config: SearchConfig) -> dict:
     reader, told_reader = select_reader(config.loader, data)
     weight_loader, architecture_loader, validation_loader = loaders(config, data, device, reader)
 
-    torch.manual_seed(config.seed)
+    make_reproducible(config.seed)
     model = build_supernet(config, len(data.classes)).to(device)
     gates = GateSampler(*model.gate_shape, mode=config.gates, seed=config.seed)
     weight_optimizer, architect = optimizers(config, model, device)

@@ -30,6 +30,13 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def make_reproducible(seed: int):
+    """What is random begins with the seed, and stems and the auxiliary head, which cuDNN computes, give the same bits
+    each time: a resumed run is the same one."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+
+
 def select_amp(amp: str | None, device: torch.device, training: bool = True) -> str:
     """``off`` or ``bf16``; of None what the device is fastest in. Raises ValueError for bf16 that trains wrongly."""
     if amp == "bf16" and device.type == "cpu" and training:

@@ -87,7 +87,16 @@ def test_a_step_moves_architecture_only_and_statistics_once(setting, unrolled):
     momentum = [sgd.state[p]["momentum_buffer"].clone() for p in model.weight_parameters()]
     alpha = model.alpha_normal.detach().clone()
     counted = model.stem[0][1].num_batches_tracked.item()
+    other, other_sgd = copy.deepcopy((model, sgd))
+    for cell in other.cells:
+        cell.running_mean += 1
+    Architect(other, adam(other), F.cross_entropy, weight_optimizer=other_sgd if unrolled else None).step(
+        validation, gates, train
+    )
     architect.step(validation, gates, train)
+    for ours, theirs in zip(model.cells, other.cells):  # of what was before, one average leaves 0.9
+        left = theirs.running_mean - ours.running_mean
+        assert (left - 0.9).abs().min() < 1e-9 and torch.minimum((left - 0.9).abs(), (left - 1).abs()).max() < 1e-9
     for parameter, before in zip(model.weight_parameters(), weights):
         assert torch.equal(parameter, before)
     for parameter, before in zip(model.weight_parameters(), momentum):

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as transforms
 
-from fpdarts.data.augment import Views, _random_boxes, jitter_
+from fpdarts.data.augment import Views, _random_boxes, augmentation, jitter_
 from tests.made import random_pixels
 
 
@@ -53,3 +53,17 @@ def test_jitter_is_torchvisions(order):
     found = jitter_(images * 255, jitter, list(order)) / 255
     # float32: a hue is a quotient of small differences, which brightness and clamping leave with fewer digits
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=2e-5)
+
+
+def test_jitter_is_drawn_as_torchvision_draws_it():
+    """Brightness, contrast and saturation from 0.6 to 1.4, hue from -0.2 to 0.2, in any order, each image its own."""
+    augment = augmentation("imagenet", "retrain")
+    sizes = torch.full((4000, 2), 50)
+    views = Views.drawn(augment, sizes, 4000, 32, torch.Generator().manual_seed(0))
+    low, high = torch.tensor([0.6, 0.6, 0.6, -0.2]), torch.tensor([1.4, 1.4, 1.4, 0.2])
+    assert (views.jitter >= low).all() and (views.jitter <= high).all()
+    torch.testing.assert_close(views.jitter.amin(0), low, rtol=0, atol=0.01)
+    torch.testing.assert_close(views.jitter.amax(0), high, rtol=0, atol=0.01)
+    error = 6 * (high - low) / 12**0.5 / 4000**0.5
+    assert ((views.jitter.mean(0) - (low + high) / 2).abs() < error).all()
+    assert len(views.order.unique(dim=0)) == 24 and len(views.jitter.unique(dim=0)) == 4000

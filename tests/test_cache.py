@@ -198,3 +198,11 @@ def test_without_a_cache(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FPDARTS_CACHE", str(tmp_path / "file"))
     assert_right(pixels_of(path))
     assert "warning: no cache of decoded images" in capsys.readouterr().err
+
+
+def test_the_middle_of_an_image_is_another_array(folder):
+    path, cache, decoded = folder
+    paths = open_data(path).train.paths
+    whole, central = (cache_module.decoded(paths, 16, central) for central in (False, True))
+    assert len(decoded) == 16 and len(list(cache.glob("*.npy"))) == 2
+    assert whole.shape == central.shape and not torch.equal(whole, central)

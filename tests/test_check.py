@@ -128,6 +128,42 @@ def test_a_wrong_output_is_found_in_its_operations_alone(plant, small):
     assert row["worst"].startswith("out, C/K=") and row["output_error"] == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_twice_what_rounding_explains_is_found(plant, small, monkeypatch):
+    only(monkeypatch, "stage sep_conv_3x3, stride 1", "cell, normal")
+    plant(
+        "wrong",
+        cell=cell_times(1 + 2e-5),
+        stage=lambda *args, **options: reference.stage(*args, **options) * (1 + 2e-5),
+    )
+    assert len(failed(check_kernels("wrong", "cpu", say=quiet))) == 2
+    plant("wrong", cell=scaled_gradient("sep_conv_5x5_pointwise_0", 1 + 2e-4))
+    assert set(failed(check_kernels("wrong", "cpu", say=quiet))) == {"cell, normal"}
+
+
+def test_a_row_checks_what_it_says(plant, small, monkeypatch):
+    only(monkeypatch, "cell, gates", "cell, evaluation", "derived cell, drop-path", "derived cell, evaluation")
+    seen = []
+
+    def cell(spec, inputs, weights, alpha, beta, gates, statistics=None):
+        seen.append((gates.tolist(), statistics is not None))
+        return reference.cell(spec, inputs, weights, alpha, beta, gates, statistics)
+
+    def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):
+        seen.append((None if path_scales is None else path_scales.unique().numel(), statistics is not None))
+        return reference.derived_cell(spec, inputs, weights, path_scales, statistics)
+
+    plant("watched", cell=cell, derived_cell=derived_cell)
+    found = {}
+    for name, cases in check.operations().items():
+        seen.clear()
+        cases[0].compute(Side("watched", torch.device("cpu"), torch.float32, "off"), 0)
+        (found[name],) = seen
+    for name, gates in check_cases.GATES.items():
+        assert found[f"cell, gates {name}"] == (gates(0).tolist(), False)
+    assert found["cell, evaluation"][1] and found["derived cell, evaluation"][1]
+    assert found["derived cell, drop-path"] == (2, False), "some paths are dropped, some are not"
+
+
 @pytest.mark.parametrize("factor", [1.01, 0], ids=["scaled", "missing"])
 def test_a_wrong_gradient_is_found_whatever_the_seed(plant, small, monkeypatch, factor):
     kinds = "normal", "reduction", "factorized", "gradients", "evaluation", "gates path 0"
@@ -301,6 +337,19 @@ def test_a_wrong_step_is_named_by_cell_and_tensor(plant, cell, message):
     plant("wrong", cell=where_it_is_read)
     with pytest.raises(KernelMismatch, match=message + r".*\(kernels wrong against reference\)"):
         verify_step(*step_arguments("wrong"), "off", 40)
+
+
+def test_a_step_is_verified_with_its_own_gates(plant):
+    def cell(spec, inputs, weights, alpha, beta, gates, *others):
+        return (reference.cell if gates.min() > 0 else cell_times(1.01))(
+            spec, inputs, weights, alpha, beta, gates, *others
+        )
+
+    plant("wrong", cell=cell)
+    model, images, gates = step_arguments("wrong")
+    verify_step(model, images, torch.ones_like(gates), "off", 0)
+    with pytest.raises(KernelMismatch, match="cells.0 out is off by 1.0e-02"):
+        verify_step(model, images, gates, "off", 0)
 
 
 def test_a_gradient_that_is_off_on_one_input_only_is_a_tie(plant, monkeypatch):

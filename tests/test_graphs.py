@@ -58,10 +58,10 @@ def test_calls_of_a_shape_are_eager_then_captured_once(pretended):
     step = graphs.GraphedStep(lambda x, y: (x.sum() * y, x * 2))
     outs = []
     for i in range(6):
-        outs.append(step(torch.full((3,), float(i)), torch.tensor(2.0)))
+        outs.append(step(torch.full((3,), float(i)), torch.tensor(1.0 + i)))
     assert Recorded.captures == 1 and Recorded.replays == 6 - graphs.GraphedStep.WARM_UP
     # results of earlier calls are not overwritten by later ones
-    assert [total.item() for total, _ in outs] == [6.0 * i for i in range(6)]
+    assert [total.item() for total, _ in outs] == [3.0 * i * (1 + i) for i in range(6)]
     assert [doubled.tolist() for _, doubled in outs] == [[2.0 * i] * 3 for i in range(6)]
 
 
@@ -100,3 +100,14 @@ def test_a_state_from_a_gpu_goes_on_on_the_cpu():
     weight.grad = torch.ones(2)
     adam.step()
     assert weight.max() < 1
+
+
+def test_a_prepared_sgd_takes_the_plain_steps():
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+    plain, prepared = (torch.optim.SGD([weight], 0.1, 0.9, weight_decay=0.01) for weight in weights)
+    graphs.prepare_optimizer(prepared, torch.device("cpu"))
+    for step in range(3):
+        for weight, optimizer in zip(weights, (plain, prepared)):
+            weight.grad = torch.arange(5.0) - step
+            optimizer.step()
+    torch.testing.assert_close(*weights)

@@ -312,3 +312,9 @@ def test_augmentations_do_not_disturb_each_other():
     same = (plain == with_flip).flatten(1).all(1)
     mirrored = (plain == with_flip.flip(3)).flatten(1).all(1)
     assert torch.equal(same, ~mirrored) and 0 < same.sum() < 64
+
+
+def test_the_parts_of_imagenet_are_a_tenth_and_a_fortieth():
+    weights, architecture = numbered([0, 1] * 100).parts(0.1, 0.025, 0)
+    assert (len(weights), len(architecture)) == (20, 5)
+    assert not set(numbers(weights)) & set(numbers(architecture))

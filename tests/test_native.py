@@ -414,3 +414,15 @@ def test_a_missing_library_says_so(monkeypatch):
     monkeypatch.setattr(library, "NAME", "no_such_library.so")
     with pytest.raises(library.LibraryError, match="not built when fpdarts was installed"):
         library.library.__wrapped__()
+
+
+@pytest.mark.parametrize("frozen", [2, 3], ids=["alpha", "beta"])
+def test_either_of_alpha_and_beta_may_be_frozen(frozen):
+    spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 2)
+    given = arguments(spec)
+    given[frozen].requires_grad_(False)
+    found = []
+    for name in ("reference", "native"):
+        out, _ = kernels.cell(spec, *given, kernels=name)
+        found.append(torch.autograd.grad(out.square().sum(), given[5 - frozen])[0])
+    torch.testing.assert_close(*found)

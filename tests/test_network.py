@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fpdarts.kernels.spec import EPSILON
+from fpdarts.kernels.spec import EPSILON, OPERATIONS
 from torch import nn
 
 from fpdarts.count import count, count_genotype
 from fpdarts.genotype import PUBLISHED, Genotype
-from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork
+from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork, make_operation
 from tests.naive import by_modules
 
 GENOTYPE = PUBLISHED["PC_DARTS_cifar"]
@@ -363,3 +363,19 @@ def test_compiles_to_one_graph():
     assert len(graphs) <= 3
     network.eval()
     torch.testing.assert_close(compiled(images), network(images), rtol=1e-5, atol=1e-6, msg="logits")
+
+
+def test_the_layers_of_stem_and_auxiliary_head():
+    network = small(stem="imagenet")
+    kinds = [[type(m).__name__ for m in part] for part in (network.stem.state0, network.stem.state1)]
+    assert kinds == [["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d"], ["ReLU", "Conv2d", "BatchNorm2d"]]
+    assert [type(module).__name__ for module in AuxiliaryHead(8, 5, "cifar").features] == [
+        "ReLU", "AvgPool2d", "Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d", "ReLU",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "none"])
+def test_an_operation_is_a_module_that_can_be_called(name, stride):
+    out = make_operation(name, 5, stride)(torch.randn(2, 5, 8, 8))
+    assert out.shape == (2, 5, 8 // stride, 8 // stride)

@@ -70,11 +70,18 @@ ODD_FILES = {  # suffix, what writes it, whether DALI shows it otherwise than Pi
     "PPM, plain": ("ppm", lambda path: path.write_text("P3 2 2 255 " + "9 8 7 " * 4), False),
     "PPM of other levels": ("ppm", lambda path: path.write_bytes(b"P6 8 8 100\n" + bytes(range(96)) * 2), True),
     "PGM of 16 bits": ("pgm", lambda path: path.write_bytes(b"P5 8 8 65535\n" + bytes(range(128))), True),
+    "JPEG, turned": ("jpg", lambda path: saved(COLOURS, exif=turned())(path), False),
     "JPEG in CMYK": ("jpg", saved(COLOURS.convert("CMYK")), False),
     "JPEG in CMYK without Adobe's mark": ("jpg", lambda path: write_unmarked_cmyk(path), True),
     "WebP with EXIF": ("webp", saved(COLOURS, exif=EXIF), False),
     "WebP with an odd chunk": ("webp", lambda path: write_odd_webp(path), True),
 }
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
 
 
 def write_unmarked_cmyk(path):
@@ -415,3 +422,15 @@ def test_retraining_from_large_files(tmp_path, capsys):
         main(["evaluate", "--run", str(tmp_path / "auto"), "--loader", reader, "--json", "--device", "cpu"])
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1] == found[2] and found[0]["images"] == 14
+
+
+def test_the_list_of_files_to_skip_is_that_of_the_run_s_own_data(tmp_path, capsys):
+    folder, other = (write_jpegs(tmp_path / name, lambda number: (32, 32)) for name in ("images", "others"))
+    (tmp_path / "bad.txt").write_text("test/dog/0.jpg\n")
+    (other / "test" / "dog" / "0.jpg").unlink()  # which the list names
+    skip = "--skip", str(tmp_path / "bad.txt")
+    run("retrain", folder, tmp_path / "run", "--loader", "torchvision", "--auxiliary-weight", "0", *skip)
+    capsys.readouterr()
+    for data, images in (([], 13), (["--data", str(other)], 13), (["--data", str(folder)], 14)):
+        main(["evaluate", "--run", str(tmp_path / "run"), *data, "--json", "--device", "cpu"])
+        assert json.loads(capsys.readouterr().out)["images"] == images

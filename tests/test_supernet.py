@@ -237,6 +237,11 @@ def test_genotype_takes_the_best_two_edges_and_never_none():
     genotype = model.genotype()
     assert genotype.normal[:2] == (("dil_conv_5x5", 0), ("dil_conv_5x5", 1))
     assert genotype.normal[2:4] == (("dil_conv_5x5", 2), ("sep_conv_3x3", 1))
+    with torch.no_grad():
+        model.alpha_reduce[:, operations.index("max_pool_3x3")] = 1.0
+        model.beta_reduce[1] = 1.0
+    assert model.genotype().reduce[:2] == (("max_pool_3x3", 1), ("max_pool_3x3", 0))
+    assert model.genotype().normal == genotype.normal
 
 
 @pytest.mark.parametrize(
@@ -273,3 +278,15 @@ def test_bf16_autocast_stays_near_float32():
     assert_close("logits", out.float(), expected, 5e-2)  # bf16 keeps 8 bits; errors add up over 4 cells
     out.float().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_start_prefers_nothing():
+    model = SuperNet(10)
+    for parameter in model.architecture_parameters():
+        assert parameter.std() < 2e-3 and parameter.mean().abs() < 2e-3
+
+
+def test_the_stem_of_imagenet():
+    model = SuperNet(10, 4, 3, stem="imagenet")
+    kinds = [[type(module).__name__ for module in part] for part in model.stem]
+    assert kinds == [["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d"], ["ReLU", "Conv2d", "BatchNorm2d"]]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.compiler import max_shared_mem
 
 # A kernel that the launchers call. Numbers of rows are not specialized on (divisible by 16 or not), which would compile
 # each kernel again for a last batch; distances are: that they are aligned is what makes loads wide.
@@ -73,13 +74,27 @@ def is_counting() -> bool:
 def compiling():
     """Compiles what is launched within, on the meta device, for the GPU at hand: on all cores, and before it is left.
 
-    Otherwise a kernel is compiled when it is first launched, one after the other. Raises what the compiler raises.
+    Otherwise a kernel is compiled when it is first launched, one after the other. Raises what the compiler raises, and
+    ValueError for a kernel that the GPU has too little shared memory for.
     """
     with counting() as launched:
         yield
     with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
-        for launch in launched.all:
-            launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid)
+        made = [launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid) for launch in launched.all]
+    if torch.cuda.is_available():
+        limit = max_shared_mem(torch.cuda.current_device())
+        for launch, compiled in zip(launched.all, made):
+            _require_fitting(launch, compiled, limit)
+
+
+def _require_fitting(launch: Launch, compiled, limit: int):
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of those that were compiled just now
+    if compiled.metadata.shared > limit:
+        raise ValueError(
+            f"{launch.kernel.fn.__name__} for slices of {launch.arguments.get('C')} channels needs "
+            f"{compiled.metadata.shared:,} bytes of shared memory, and this GPU has {limit:,} a block; use fewer "
+            "--init-channels, or --kernels reference"
+        )
 
 
 def launch(function, grid: tuple[int, ...], tensors: dict, moved: float, **arguments):

@@ -53,6 +53,7 @@ class Layout:
         self.m_in, self.m = (n * h * w for h, w in (self.inner, self.outer))
         full = 4 * self.m_in if spec.factorized_input else self.m_in  # of input 0
         elements = (
+            self.m_in * self.c,
             full * spec.input_channels[0],
             self.m_in * spec.input_channels[1],
             self.m * self.c * self.k * self.nodes,

@@ -198,6 +198,8 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
 def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     if size == 4 and precision == "ieee":
         return _rows(16, 2 if columns < 64 else 1, 16, 8 if columns >= 64 or wide >= 32 else 4, stages=1)
+    if columns > 128:  # wider than the protocols' searches: of larger blocks some do not fit into shared memory
+        return _rows(32 if columns <= 512 else 16, 1, 16, 8)
     if size == 4:
         return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
     if in_pairs(width) and (wide in (8, 16) or columns == wide == 32):
