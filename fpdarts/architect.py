@@ -48,6 +48,9 @@ class Architect:
         step_size: float = 0.01,
         autocast: Callable | None = None,
     ):
+        if weight_optimizer is not None:
+            _require_plain_sgd(weight_optimizer)
+            model = getattr(model, "_orig_mod", model)  # of a compiled one, whose weights have other names
         self.model, self.optimizer, self.loss, self.clip = model, optimizer, loss, clip
         self.weight_optimizer, self.step_size = weight_optimizer, step_size
         self.autocast = autocast or nullcontext
@@ -59,7 +62,7 @@ class Architect:
         Returns (loss, logits) on the validation batch, detached.
         """
         gradients, loss, logits = self._gradients(validation, gates, train)
-        parameters = self.model.architecture_parameters()
+        parameters = self._trained()
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
         if self.clip is not None:
@@ -68,7 +71,8 @@ class Architect:
         return loss, logits
 
     def gradient(self, validation: Batch, gates: Tensor, train: Batch | None = None) -> list[Tensor]:
-        """The gradient of a step for alpha_normal, alpha_reduce, beta_normal, beta_reduce, without the update.
+        """The gradient of a step for alpha_normal, alpha_reduce, beta_normal, beta_reduce, those that are not frozen,
+        without the update.
 
         As in a step, running statistics move once.
         """
@@ -82,18 +86,21 @@ class Architect:
             raise ValueError("an unrolled architecture step needs a batch of the weight half as well")
         return self._second_order(validation, train, gates)
 
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self.model.architecture_parameters() if parameter.requires_grad]
+
     def _first_order(self, validation, gates):
         with frozen(self.model.weight_parameters()):
             with self.autocast():
                 logits = self.model(validation[0], gates)
                 loss = self.loss(logits, validation[1])
-            gradients = torch.autograd.grad(loss, self.model.architecture_parameters(), materialize_grads=True)
+            gradients = torch.autograd.grad(loss, self._trained(), materialize_grads=True)
         return list(gradients), loss.detach(), logits.detach()
 
     def _second_order(self, validation, train, gates):
         """d/d alpha of L_val(w - eta * dL_train/dw, alpha); the mixed derivative by a central difference."""
-        architecture = self.model.architecture_parameters()
-        weights = {n: p for n, p in self.model.named_parameters() if n not in ARCHITECTURE}
+        architecture = self._trained()
+        weights = {n: p for n, p in self.model.named_parameters() if n not in ARCHITECTURE and p.requires_grad}
         names, current = list(weights), list(weights.values())
         (group,) = self.weight_optimizer.param_groups
         eta, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
@@ -102,7 +109,9 @@ class Architect:
         virtual = {}
         for name, weight, gradient in zip(names, current, gradients):
             update = gradient + decay * weight.detach()
-            buffer = self.weight_optimizer.state[weight].get("momentum_buffer")  # none before the first weight step
+            buffer = self.weight_optimizer.state.get(weight, {}).get(
+                "momentum_buffer"
+            )  # none before the first weight step
             if buffer is not None:
                 update = update + momentum * buffer
             virtual[name] = (weight.detach() - eta * update).requires_grad_()
@@ -128,3 +137,12 @@ class Architect:
         with self.autocast():
             logits = functional_call(self.model, {**weights, **buffers}, (batch[0], gates))
             return self.loss(logits, batch[1]), logits
+
+
+def _require_plain_sgd(optimizer: torch.optim.Optimizer):
+    """Raises ValueError for an optimizer whose step is another than what a virtual step computes."""
+    if not isinstance(optimizer, torch.optim.SGD) or len(optimizer.param_groups) != 1:
+        raise ValueError("weight_optimizer must be torch.optim.SGD with one group of parameters")
+    for name in ("dampening", "nesterov", "maximize"):
+        if optimizer.param_groups[0][name]:
+            raise ValueError(f"weight_optimizer has {name}, which a virtual step does not know; leave it out")

@@ -1,8 +1,13 @@
 """The command: parse, call, print. Heavy imports wait until a command needs them."""
 
+import _thread
+import atexit
+import gc
 import json
 import os
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +16,7 @@ import tyro
 
 from fpdarts.config import Amp, EvaluateConfig, Kernels, RetrainConfig, SearchConfig, Stem
 from fpdarts.errors import DataError, KernelMismatch, NonFiniteLoss, RunError
-from fpdarts.files import to_json
+from fpdarts.files import require_writable, to_json
 from fpdarts.kernels import BackendUnavailable
 
 
@@ -124,7 +129,7 @@ Command = (
 _DESCRIPTION = "Fast parallel differentiable architecture search: search, retrain, evaluate."
 _CONF = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
-_NO_MEMORY = "out of memory", "allocate memory", "overflowed"  # as PyTorch says it, on CUDA and on a CPU
+_NO_MEMORY = "out of memory", "allocate memory", "overflow"  # as PyTorch says it, on CUDA and on a CPU
 # A resumed run may move to another machine; all else must be as it was, or it would not be the same run.
 _MAY_CHANGE = {"resume", "json", "out", "device", "loader", "workers", "kernels", "verify_every", "cuda_graphs"}
 _MAY_MOVE = {"data", "skip", "split"}  # a checkpoint tells whether their content is the same
@@ -133,13 +138,18 @@ _MAY_MOVE = {"data", "skip", "split"}  # a checkpoint tells whether their conten
 def main(arguments: list[str] | None = None):
     """Exit status: 0 done, 1 an error of this project's own (one line on standard error), 2 wrong usage."""
     arguments, command = sys.argv[1:] if arguments is None else arguments, None
+    atexit.register(gc.freeze)  # at its end Python would look through all of PyTorch, for seconds, for what to free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))
     try:
-        command = tyro.cli(
-            Command, prog="fpdarts", description=_DESCRIPTION, args=arguments,
-            config=(*_CONF, tyro.conf.FlagCreatePairsOff),
-        )  # fmt: skip
-        _run(command, arguments)
-        sys.stdout.flush()
+        with _interrupts_kept():
+            command = tyro.cli(
+                Command, prog="fpdarts", description=_DESCRIPTION, args=arguments,
+                config=(*_CONF, tyro.conf.FlagCreatePairsOff),
+            )  # fmt: skip
+            _run(_expanded(command), arguments)
+            sys.stdout.flush()
     except BrokenPipeError:  # who reads the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -150,13 +160,45 @@ def main(arguments: list[str] | None = None):
         told = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError) and not any(words in told for words in _NO_MEMORY):
             raise
-        print(f"error: {told}; a smaller --batch-size, --init-channels or --limit needs less", file=sys.stderr)
+        options = "--batch-size, --init-channels, --image-size or --limit"
+        print(f"error: {told}; a smaller {options} needs less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         runs = isinstance(command, (SearchConfig, RetrainConfig))
         go_on = "; if its run directory was told, it goes on with --resume and that as --out" if runs else ""
         print(f"interrupted{go_on}", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def _interrupts_kept():
+    """Ctrl-C that falls into a callback, where Python drops what is raised, comes again a moment later."""
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if unraisable.exc_type is KeyboardInterrupt:
+            threading.Timer(0.01, _thread.interrupt_main).start()  # now it would be lost once more
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+_PATHS = ("data", "out", "genotype", "run", "skip", "split", "path", "bad", "text")
+
+
+def _expanded(command):
+    """With ~ in paths replaced, where the shell leaves it (--out=~/runs). Raises ValueError for an empty one."""
+    paths = {f.name: getattr(command, f.name) for f in fields(command) if f.name in _PATHS}
+    paths = {name: path for name, path in paths.items() if path is not None}
+    for name, path in paths.items():
+        if not path:
+            raise ValueError(f"--{name} is empty; give a path, or leave it out")
+    return replace(command, **{name: os.path.expanduser(path) for name, path in paths.items()})
 
 
 def _run(command, arguments):
@@ -179,7 +221,7 @@ def _run(command, arguments):
     elif isinstance(command, SplitImagenet):
         _split_imagenet(command)
     else:
-        _genotype(command.action)
+        _genotype(_expanded(command.action))
 
 
 def _as_saved(command, arguments):
@@ -188,18 +230,19 @@ def _as_saved(command, arguments):
 
     if command.out is None:
         raise RunError("--resume needs --out, the directory of the run to go on with")
-    may_change = _MAY_CHANGE | (_MAY_MOVE if newest_checkpoint(Path(command.out)) else set())
     saved = replace(read_config(Path(command.out), type(command)), out=command.out, resume=True)
+    may_change = _MAY_CHANGE | (_MAY_MOVE if newest_checkpoint(Path(command.out)) else set())
+    if getattr(saved, "split", None) is None:
+        may_change -= {"split"}  # parts of its own, which are others
     # Parsed again over what was saved: what differs then was given on the command line. A flag that was saved as true
     # may be given again, for which it must keep both of its forms (--unrolled, --no-unrolled).
-    asked = tyro.cli(type(command), args=arguments[1:], default=saved, config=_CONF)
+    asked = _expanded(tyro.cli(type(command), args=arguments[1:], default=saved, config=_CONF))
     for field in fields(asked):
         old, new = getattr(saved, field.name), getattr(asked, field.name)
         if old != new and field.name not in may_change:
             flag = field.name.replace("_", "-")
-            raise RunError(
-                f"--{flag} {new} would change the run in {command.out}, which has {old}; leave it out to resume"
-            )
+            given = f"--{flag} {new}" if not isinstance(new, bool) else f"--{flag}" if new else f"--no-{flag}"
+            raise RunError(f"{given} would change the run in {command.out}, which has {old}; leave it out to resume")
     return asked
 
 
@@ -248,7 +291,7 @@ def _split_imagenet(command):
     from fpdarts.data.folder import is_image_folder
 
     # Names and labels are the same under every protocol, and this one opens no image to find them.
-    protocol = "imagenet" if is_image_folder(Path(command.data).expanduser()) else None
+    protocol = "imagenet" if is_image_folder(Path(command.data)) else None
     data = open_data(command.data, protocol, skip=command.skip)
     counts = write_split(data, command.weights, command.architecture, command.seed, command.out)
     for name, count in counts.items():
@@ -259,6 +302,8 @@ def _check_data(command):
     from fpdarts.data.lists import write_list
     from fpdarts.data.preflight import check_folder, summary
 
+    if command.bad is not None:
+        require_writable(command.bad)
     report = check_folder(command.path)
     # A name that is not UTF-8 is printed with its bytes as numbers.
     print(json.dumps(report) if command.json else summary(report).encode(errors="backslashreplace").decode())

@@ -213,13 +213,13 @@ def resolved(config: SearchConfig | RetrainConfig, protocol: str) -> SearchConfi
         start = min(round(config.epochs * ARCHITECTURE_START[protocol]), config.epochs - 1)
         config = replace(config, architecture_from=start)
     require_in_range(config)
-    if not config.resume:  # the run that was saved may have it
-        _require_used(config)
     return config
 
 
-def _require_used(config: SearchConfig | RetrainConfig):
-    """Raises ValueError for an option that does nothing without another."""
+def require_used(config: SearchConfig | RetrainConfig):
+    """Raises ValueError for an option that does nothing without another; a run that was saved may have it."""
+    if config.resume:
+        return
     searching = isinstance(config, SearchConfig)
     name, needs = ("unrolled_step_size", "unrolled") if searching else ("validate_every", "holdout")
     if getattr(config, name) != getattr(type(config), name) and not getattr(config, needs):

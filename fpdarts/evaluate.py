@@ -10,7 +10,7 @@ from fpdarts.config import EvaluateConfig, RetrainConfig, require_in_range, reso
 from fpdarts.data import DataError, Loader, in_memory, open_data, select_reader
 from fpdarts.genotype import Genotype
 from fpdarts.retrain import build_network
-from fpdarts.run import load_checkpoint, read_config, restore
+from fpdarts.run import load_checkpoint, read_config, require_genotype, restore
 from fpdarts.training import evaluate_model, select_amp, select_device, select_kernels
 
 
@@ -25,6 +25,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     trained = read_config(config.run, RetrainConfig)
     checkpoint = load_checkpoint(config.run)
     genotype = Genotype.load(f"{config.run}/genotype.json")
+    require_genotype(genotype, checkpoint, config.run)
     # the list of a retraining holds for its own data only
     skip = config.skip or (None if config.data else trained.skip)
     data = open_data(config.data or trained.data, trained.protocol, trained.image_size, skip)

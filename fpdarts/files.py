@@ -1,8 +1,10 @@
 """Files that are written whole or not at all, and JSON."""
 
+import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +40,37 @@ def replacing(path: str | os.PathLike, mark: str = "") -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def lock(path: str | os.PathLike) -> BinaryIO | None:
+    """A file that this process locks until it is closed; None where another process has. Where there are no locks, as
+    on some file systems, everybody may have it."""
+    file = open(path, "ab")
+    try:
+        import fcntl
+
+        # lockf, not flock: a lock of flock would belong to forked workers too, and outlive this process with them
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on Windows
+        pass
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+    return file
+
+
+def require_writable(path: str | os.PathLike):
+    """Raises OSError, which names it, where ``replacing`` could not write: before there is anything to write."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.is_file() or not path.exists():
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def to_json(value: Any, **options) -> str:

@@ -20,18 +20,18 @@ class GateSampler:
         if mode not in MODES:
             raise ValueError(f"unknown gate mode {mode!r}; choose one of: {', '.join(MODES)}")
         self.shape, self.mode = (cells, edges, paths), mode
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)  # whatever PyTorch's default device is
         self._fixed = self._draw() if mode == "fixed" else None
 
     def _draw(self) -> torch.Tensor:
         cells, edges, paths = self.shape
-        subset = torch.randint(1, 2**paths, (cells, edges, 1), generator=self._generator)  # bit p: path p is open
-        return ((subset >> torch.arange(paths)) & 1).float()
+        drawn = torch.randint(1, 2**paths, (cells, edges, 1), generator=self._generator, device="cpu")
+        return ((drawn >> torch.arange(paths, device="cpu")) & 1).to(torch.float32)  # bit p: path p is open
 
     def sample(self) -> torch.Tensor:
         """Gates for the next step."""
         if self.mode == "both":
-            return torch.ones(self.shape)
+            return torch.ones(self.shape, dtype=torch.float32, device="cpu")
         return self._draw() if self.mode == "step" else self._fixed.clone()
 
     def expected(self) -> torch.Tensor:
@@ -39,13 +39,17 @@ class GateSampler:
         if self.mode != "step":
             return self.sample()
         paths = self.shape[-1]
-        return torch.full(self.shape, 2 ** (paths - 1) / (2**paths - 1))
+        return torch.full(self.shape, 2 ** (paths - 1) / (2**paths - 1), dtype=torch.float32, device="cpu")
 
     def state_dict(self) -> dict:
-        return {"mode": self.mode, "generator": self._generator.get_state(), "fixed": self._fixed}
+        fixed = None if self._fixed is None else self._fixed.clone()
+        return {"mode": self.mode, "generator": self._generator.get_state(), "fixed": fixed}
 
     def load_state_dict(self, state: dict):
         if state["mode"] != self.mode:
             raise ValueError(f"these gates were saved in mode {state['mode']!r}, this sampler has mode {self.mode!r}")
+        fixed = state["fixed"]
+        if fixed is not None and tuple(fixed.shape) != self.shape:
+            raise ValueError(f"these gates were saved for {tuple(fixed.shape)}, this sampler is for {self.shape}")
         self._generator.set_state(state["generator"])
-        self._fixed = state["fixed"]
+        self._fixed = None if fixed is None else fixed.clone()

@@ -13,8 +13,6 @@ from fpdarts.kernels import Statistics
 from fpdarts.kernels.spec import OPERATIONS, DerivedCellSpec
 from fpdarts.space import reduction_cells, validate_stem
 
-_MOMENTUM = 0.1  # of running statistics, as torch.nn.BatchNorm2d
-
 
 class ReLUConvBN(nn.Sequential):
     """ReLU, 1x1 convolution, batch normalization: brings an input state to the cell's channels."""
@@ -208,7 +206,8 @@ class DerivedNetwork(nn.Module):
 
     The memory format is the caller's: with images and network in torch.channels_last all maps stay in it. A cell
     computes with the parameters and buffers of its modules, which are not called: hooks on them are not either, and
-    whether the batch's statistics or the running ones normalize depends on the cell's ``training``, not on theirs.
+    whether the batch's statistics or the running ones normalize depends on the cell's ``training``, not on theirs. Of
+    a normalization its momentum is heeded, not its eps, nor that it may have become another (SyncBatchNorm).
     Raises ValueError for an argument that makes no network.
     """
 
@@ -289,7 +288,8 @@ class DerivedNetwork(nn.Module):
             statistics.append(batch)
             if index == self.auxiliary_cell and self.auxiliary_head is not None and self.training:
                 auxiliary_logits = _at_least_float32(self.auxiliary_head(previous))
-        self._update_statistics(statistics)
+        if any(batch is not None for batch in statistics):  # torch.export keeps the region of no_grad, though empty
+            self._update_statistics(statistics)
         logits = _at_least_float32(self.classifier(previous.mean((2, 3))))
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
@@ -302,11 +302,15 @@ class DerivedNetwork(nn.Module):
                 norms += cell.normalizations()
                 means += batch.mean.unbind()
                 variances += batch.variance.unbind()
-        if norms:
-            running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-            new = [value.to(table.dtype) for value, table in zip(means + variances, running)]
-            torch._foreach_lerp_(running, new, _MOMENTUM)
-            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        new = [value.to(table.dtype) for value, table in zip(means + variances, running)]
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        first = norms[0].momentum
+        if first is not None and all(norm.momentum == first for norm in norms):
+            torch._foreach_lerp_(running, new, first)
+            return
+        for table, value, norm in zip(running, new, 2 * norms):  # None: the mean of all batches so far
+            table.lerp_(value, 1 / norm.num_batches_tracked.to(table.dtype) if norm.momentum is None else norm.momentum)
 
     def _draw_path_scales(self, images: Tensor, keep: float | Tensor) -> Tensor:
         """0 or 1 / keep for every cell, edge and sample. One draw for all: 160 small ones cost as many launches."""

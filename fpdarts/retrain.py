@@ -39,6 +39,7 @@ def retrain(config: RetrainConfig) -> dict:
     Raises DataError, GenotypeError, RunError, ValueError or BackendUnavailable before training starts wherever that can
     be known, and NonFiniteLoss when training diverges.
     """
+    configuration.require_used(config)
     device = select_device(config.device)
     amp = select_amp(config.amp, device)
     serving, told = select_kernels(config.kernels, amp, device, "derived_cell")  # fails now, with the reason
@@ -54,7 +55,7 @@ def retrain(config: RetrainConfig) -> dict:
     optimizer = make_optimizer(config, network, device)
     take_step = _steps(config, serving, network, optimizer, device)
     _try_out(config, genotype, data)
-    run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer})
+    run, first_epoch = Run.open("retrain", config, data, {"model": network, "optimizer": optimizer}, genotype=genotype)
     if run.result is not None:
         return run.result
     if not (run.path / "genotype.json").is_file():

@@ -23,7 +23,10 @@ import torch
 
 from fpdarts.config import as_dict, restored
 from fpdarts.errors import RunError
-from fpdarts.files import read_json_object, replacing, to_json
+from fpdarts.files import lock, read_json_object, replacing, to_json
+from fpdarts.genotype import Genotype
+
+LOCK = ".run.lock"  # of the process that is running
 
 
 class Run:
@@ -32,13 +35,16 @@ class Run:
     """
 
     def __init__(self, path: Path, metrics: list[dict]):
-        self.path, self.metrics, self._stateful, self._facts = path, metrics, {}, {}
-        self.result, self._tensorboard = None, None
+        self.path, self.metrics, self._stateful, self._facts = path, metrics, {}, {"data": {}}
+        self.result, self._tensorboard, self._lock = None, None, None
 
     def _prepare_writing(self):
         """Raises OSError, before anything is trained, where that is impossible."""
         with tempfile.TemporaryFile(dir=self.path):
             pass
+        self._lock = lock(self.path / LOCK)
+        if self._lock is None:
+            raise RunError(f"another process is running in {self.path}; wait for its end, or choose another --out")
         (self.path / "checkpoints").mkdir(exist_ok=True)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -48,13 +54,16 @@ class Run:
             self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=len(self.metrics))
 
     @classmethod
-    def open(cls, command: str, config, data, stateful: dict, parts: Sequence = ()) -> tuple["Run", int]:
+    def open(
+        cls, command: str, config, data, stateful: dict, parts: Sequence = (), genotype: Genotype | None = None
+    ) -> tuple["Run", int]:
         """The run of a resolved configuration, and the epoch it starts with.
 
         A new run, or with ``config.resume`` the one in ``config.out``, whose newest readable checkpoint is then loaded.
 
         stateful: name -> what has state_dict and load_state_dict. data: ImageData, which must be what it was; so must
-        be parts of its training images, if their lists are files of their own.
+        be parts of its training images, if their lists are files of their own, and the genotype that is trained.
+        Raises RunError for anything else, and where another process is running in the directory.
         """
         facts = {"classes": list(data.classes), "training_images": len(data.train), "listing": data.listing(data.train)}
         facts["test_listing"] = data.listing(data.test)
@@ -72,6 +81,8 @@ class Run:
                     raise RunError(
                         f"{data.source} is not the data that the run in {config.out} began with{lists}; restore them"
                     )
+                if genotype is not None:
+                    require_genotype(genotype, checkpoint, run.path)
                 for name, item in stateful.items():
                     restore(item, checkpoint, name, run.path)
                 restore_random_state(checkpoint["random"])
@@ -80,7 +91,9 @@ class Run:
                 run.result = read_json_object(file) | {"run": str(run.path)}  # it may have been moved
             else:
                 run._prepare_writing()
-        run._stateful, run._facts = stateful, facts
+        run._stateful, run._facts = stateful, {"data": facts}
+        if genotype is not None:
+            run._facts["genotype"] = genotype.to_dict()
         print(
             f"run directory: {run.path}" + (f", from epoch {first_epoch + 1}" if config.resume else ""), file=sys.stderr
         )
@@ -89,7 +102,8 @@ class Run:
     @classmethod
     def create(cls, path: Path, command: str, config: dict) -> "Run":
         """A new run. Raises RunError if the directory holds anything, and OSError if it cannot be written to."""
-        if path.exists() and (not path.is_dir() or any(file.suffix != ".partial" for file in path.iterdir())):
+        none = ".partial", ".lock"  # left by a process that was killed before it was a run
+        if path.exists() and (not path.is_dir() or any(file.suffix not in none for file in path.iterdir())):
             raise RunError(
                 f"{path} is not an empty directory: a run never overwrites another; choose a new --out, or add --resume"
             )
@@ -137,7 +151,7 @@ class Run:
 
         state = {name: item.state_dict() for name, item in self._stateful.items()}
         written = io.BytesIO()  # of a full disk PyTorch would say only that a position is unexpected
-        torch.save({"epoch": epoch, "data": self._facts, "random": _random_state(), **state}, written)
+        torch.save({"epoch": epoch, **self._facts, "random": _random_state(), **state}, written)
         with replacing(self.path / "checkpoints" / f"epoch-{epoch:04d}.pt") as file:
             file.write(written.getbuffer())
         for _, old in _checkpoints(self.path)[2:]:
@@ -153,6 +167,9 @@ class Run:
         self.write_json("result.json", result)
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._lock is not None:
+            self._lock.close()
+            (self.path / LOCK).unlink(missing_ok=True)
         return result
 
 
@@ -238,6 +255,12 @@ def _read_checkpoint(file: Path) -> dict:
     if not isinstance(checkpoint, dict) or not {"epoch", "data", "random"} <= checkpoint.keys():
         raise ValueError("it is no checkpoint of a run")
     return checkpoint
+
+
+def require_genotype(genotype: Genotype, checkpoint: dict, run: str | Path):
+    """Raises RunError if it is not the one that was trained. The checkpoint of an older version does not tell."""
+    if checkpoint.get("genotype", genotype.to_dict()) != genotype.to_dict():
+        raise RunError(f"the checkpoint of {run} is of another genotype than its genotype.json; restore that file")
 
 
 def restore(item, checkpoint: dict, name: str, run: str | Path):

@@ -38,6 +38,7 @@ def search(config: SearchConfig) -> dict:
     Raises DataError, RunError, ValueError or BackendUnavailable before training starts wherever that can be known,
     NonFiniteLoss when training diverges, and KernelMismatch when a step that is verified is not the reference's.
     """
+    configuration.require_used(config)
     device = select_device(config.device)
     amp = select_amp(config.amp, device)
     serving, told = select_kernels(config.kernels, amp, device)  # fails now, with the reason, before data is read

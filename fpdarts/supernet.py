@@ -156,7 +156,7 @@ class SuperNet(nn.Module):
             out, batch = cell(states, alpha, beta, cell_gates, self.kernels)
             states = states[1], out
             statistics.append(batch)
-        if self.training:
+        if any(batch is not None for batch in statistics):
             self._update_statistics(statistics)
         return self.classifier(states[1].mean((2, 3)))
 
@@ -172,21 +172,23 @@ class SuperNet(nn.Module):
                 running.append(table)
                 new.append(values.to(table.dtype))
                 momenta.append(momentum.expand_as(table))
-        if running:
-            torch._foreach_lerp_(running, new, torch._foreach_mul(momenta, _MOMENTUM))
+        torch._foreach_lerp_(running, new, torch._foreach_mul(momenta, _MOMENTUM))
 
     @torch.no_grad()
     def genotype(self) -> Genotype:
         """The discrete architecture that alpha and beta now prefer.
 
         Of each node the two edges with the best score, better one first. The score of an edge is that of its best
-        operation, ``none`` excluded: activated alpha times activated beta.
+        operation, ``none`` excluded: activated alpha times activated beta. Raises ValueError for scores that are no
+        numbers.
         """
         edges, names = self.cells[0].spec.edges, self.cells[0].spec.operations
         chosen = {}
         for kind in ("normal", "reduce"):
             alpha, beta = self.mixing_weights(kind)
             scores = alpha * beta[:, None]
+            if scores.isnan().any():
+                raise ValueError(f"alpha_{kind} or beta_{kind} is not a number: there is no genotype")
             scores[:, [i for i, name in enumerate(names) if name == "none"]] = -1
             best, operation = scores.max(1)
             chosen[kind] = []

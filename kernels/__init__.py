@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
     """Of the normalizations of a cell, a row of c channels each, as ``CellSpec.statistics`` lays them out, or
     ``DerivedCellSpec.normalizations``.
 
-    mean, variance: (rows, c) float32 (float64 for float64 weights); the variance is the unbiased one, as
+    mean, variance: (rows, c) float32 (the reference: as the weights, or float32); the variance is the unbiased one, as
         torch.nn.BatchNorm2d keeps it.
     updated: (rows, 1), 1 where this forward computed the row, 0 where its path was closed and it rests. None of a
         derived cell, which computes all.

@@ -91,7 +91,8 @@ class _Normalizer:
         """raw: (N, len(which)*c, H, W); which: rows of spec.statistics[key]; weight: one for each of them."""
         rows = [self.spec.statistics[key][i] for i in which]
         if weight is not None:
-            weight = weight.repeat_interleave(self.spec.slice_channels)
+            dtype = torch.promote_types(raw.dtype, torch.float32)  # of the statistics, which are in one with it
+            weight = weight.repeat_interleave(self.spec.slice_channels).to(dtype)
         if self.statistics is not None:
             return normalize(raw, weight, tuple(table[rows].flatten() for table in self.statistics))[0]
         out, mean, variance = normalize(raw, weight)
@@ -254,6 +255,7 @@ class _Affine:
 
 def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):
     normalize = _Affine(spec, weights, statistics)
+    path_scales = None if path_scales is None else path_scales.detach()
 
     def reduced(name, x):
         parts = zip(("even", "odd"), _even_and_odd(F.relu(x)))

@@ -456,3 +456,36 @@ def test_what_it_cannot_compute_is_named():
         kernels.pooling(x, "max_pool_3x3", kernels=TESTED)
     with refused():
         kernels.cell(spec, (x, x), weights, torch.ones(2, 8), torch.ones(2), torch.ones(2, 2), kernels=TESTED)
+
+
+def test_gates_that_are_changed_before_backward_are_noticed():
+    """Their values are read again there."""
+    spec, gates = CellSpec(4, (4, 4), 2, DEFAULT_SUBSETS, nodes=1), torch.ones(2, 2)
+    weights = {name: torch.randn(p.shape) for name, p in spec.parameters.items()}
+    alpha = torch.rand(2, 8, requires_grad=True)
+    x = torch.randn(1, 4, 4, 4)
+    out, _ = kernels.cell(spec, (x, x), weights, alpha, torch.rand(2), gates, kernels=TESTED)
+    gates.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class Nothing(torch.autograd.Function):
+    """Its backward has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return None
+
+
+def test_a_gradient_that_does_not_arrive_is_none():
+    spec = CellSpec(4, (4, 4), 2, DEFAULT_SUBSETS, nodes=1)
+    weights = {name: torch.randn(p.shape) for name, p in spec.parameters.items()}
+    x, alpha = torch.randn(1, 4, 4, 4, requires_grad=True), torch.rand(2, 8, requires_grad=True)
+    out, _ = kernels.cell(spec, (x, x), weights, alpha, torch.rand(2), torch.ones(2, 2), kernels=TESTED)
+    Nothing.apply(out).sum().backward()
+    assert x.grad is None and alpha.grad is None

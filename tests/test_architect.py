@@ -126,3 +126,43 @@ def test_unrolled_without_a_training_batch_is_an_error(setting):
         architect.step(validation, gates)
     with pytest.raises(ValueError, match="weight half"):
         architect.gradient(validation, gates)
+
+
+@pytest.mark.parametrize(
+    "optimizer, message",
+    [
+        (lambda p: torch.optim.Adam(p), "must be torch.optim.SGD with one group"),
+        (
+            lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:]}], 0.1),
+            "must be torch.optim.SGD with one group",
+        ),
+        (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), "has nesterov"),
+        (lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.5), "has dampening"),
+        (lambda p: torch.optim.SGD(p, 0.1, maximize=True), "has maximize"),
+    ],
+    ids=["adam", "groups", "nesterov", "dampening", "maximize"],
+)
+def test_another_optimizer_than_plain_sgd_has_no_virtual_step(setting, optimizer, message):
+    model = setting[0]
+    with pytest.raises(ValueError, match=message):
+        Architect(model, adam(model), F.cross_entropy, weight_optimizer=optimizer(list(model.weight_parameters())))
+
+
+def test_what_is_frozen_needs_no_gradient_in_either_order(setting):
+    model, sgd, (train, validation), gates = setting
+    model.stem.requires_grad_(False)
+    model.alpha_reduce.requires_grad_(False)
+    model.alpha_reduce.grad = None
+    before = model.alpha_reduce.detach().clone()
+    for optimizer in (None, sgd):
+        architect = Architect(model, adam(model), F.cross_entropy, weight_optimizer=optimizer)
+        assert len(architect.gradient(validation, gates, train)) == 3
+        architect.step(validation, gates, train)
+    assert torch.equal(model.alpha_reduce, before)
+
+
+def test_weights_outside_the_optimizer_leave_its_state_alone(setting):
+    model, _, (train, validation), gates = setting
+    sgd = torch.optim.SGD(model.cells.parameters(), 0.1, 0.9)
+    Architect(model, adam(model), F.cross_entropy, weight_optimizer=sgd).step(validation, gates, train)
+    assert not sgd.state_dict()["state"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,3 +375,58 @@ def test_genotype_commands(tmp_path, capsys):
     for suffix in ("svg", "png"):
         assert run(capsys, "genotype", "draw", tmp_path / "g.json", "--out", tmp_path / f"cell.{suffix}")[0] == 0
         assert (tmp_path / f"cell.{suffix}").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_genotype_than_was_trained_is_refused(retrained, tmp_path, capsys, finished):
+    shutil.copytree(retrained, tmp_path / "r")
+    genotype = json.loads((tmp_path / "r" / "genotype.json").read_text())
+    first, second = genotype["normal"][:2]
+    genotype["normal"][:2] = [[first[0], second[1]], [second[0], first[1]]]  # of the same weights
+    (tmp_path / "r" / "genotype.json").write_text(json.dumps(genotype))
+    command = ["evaluate", "--run", tmp_path / "r"] if finished else ["retrain", "--out", tmp_path / "r", "--resume"]
+    if not finished:
+        (tmp_path / "r" / "result.json").unlink()
+    status, _, err = run(capsys, *command)
+    assert status == 1 and "is of another genotype than its genotype.json; restore that file" in err
+
+
+def test_paths_begin_at_home_and_are_not_empty(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(capsys, "genotype", "draw", "DARTS_V1", "--out=~/cell.svg")[0] == 0
+    assert (tmp_path / "cell.svg").is_file()
+    status, _, err = run(capsys, "search", "--data", "~no such user/images", "--out", tmp_path / "r")
+    assert status == 1 and "~no such user/images: does not exist" in err
+    status, _, err = run(capsys, "search", "--out", "")
+    assert status == 1 and "--out is empty; give a path, or leave it out" in err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-"])
+def test_streams_may_be_closed(closed):
+    command = f"{sys.executable} -m fpdarts genotype show DARTS_V1 --json {closed}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_an_interrupt_in_a_callback_comes_again(monkeypatch, capsys):
+    class Interrupting:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def interrupted(*_):
+        Interrupting()
+        time.sleep(5)
+        raise AssertionError("the interrupt was lost")
+
+    monkeypatch.setattr("fpdarts.cli._run", interrupted)
+    status, _, err = run(capsys, "genotype", "show", "DARTS_V1")
+    assert status == 130 and "interrupted" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", ["search --unrolled-step-size 0.5", "retrain --validate-every 3"], ids=["search", "retrain"]
+)
+def test_an_option_that_does_nothing_is_refused(capsys, arguments):
+    status, _, err = run(capsys, *arguments.split())
+    assert status == 1 and "does nothing without --" in err

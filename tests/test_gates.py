@@ -44,3 +44,22 @@ def test_seeded_restored_and_apart_from_the_global_state():
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="mode 'step'"):
         GateSampler(2, 5, mode="both").load_state_dict(saved)
+
+
+def test_gates_are_on_the_cpu_whatever_the_default_is():
+    torch.set_default_device("meta")
+    try:
+        sampler = GateSampler(3, 5)
+        drawn = [sampler.sample(), sampler.expected(), GateSampler(3, 5, mode="both").sample()]
+    finally:
+        torch.set_default_device(None)
+    assert all(gates.device.type == "cpu" and gates.dtype == torch.float32 for gates in drawn)
+
+
+def test_a_saved_state_is_a_copy_of_the_same_shape():
+    sampler = GateSampler(3, 5, mode="fixed")
+    before, state = sampler.sample(), sampler.state_dict()
+    state["fixed"].zero_()
+    assert torch.equal(sampler.sample(), before)
+    with pytest.raises(ValueError, match=r"were saved for \(3, 5, 2\), this sampler is for \(8, 14, 2\)"):
+        GateSampler(8, 14, mode="fixed").load_state_dict(state)

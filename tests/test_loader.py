@@ -206,7 +206,7 @@ def test_seeds_of_more_than_32_bits():
     data = resident()
     with pytest.raises(ValueError, match="seed must be below 2.64, but is 99999999999999999999"):
         Loader(data.train, data, 8, None, seed=99999999999999999999)
-    with pytest.raises(ValueError, match="--seed must be below 2.64, not 99999999999999999999"):
+    with pytest.raises(ValueError, match="--seed must be at least 0 and below 2.64, not 99999999999999999999"):
         data.train.split(0.5, seed=99999999999999999999)
 
 
@@ -318,3 +318,14 @@ def test_the_parts_of_imagenet_are_a_tenth_and_a_fortieth():
     weights, architecture = numbered([0, 1] * 100).parts(0.1, 0.025, 0)
     assert (len(weights), len(architecture)) == (20, 5)
     assert not set(numbers(weights)) & set(numbers(architecture))
+
+
+def test_images_are_chosen_by_numbers_and_have_their_dtypes():
+    images = numbered([0, 1, 1])
+    assert numbers(images.subset([])) == [] and numbers(images.subset(np.array([2, 0]))) == [2, 0]
+    for wrong in (images.labels == 1, np.array([True, False, True]), [0.7]):
+        with pytest.raises(ValueError, match="images are chosen by their numbers, not by torch"):
+            images.subset(wrong)
+    for labels, pixels in ((images.labels.int(), images.pixels), (images.labels, images.pixels / 255)):
+        with pytest.raises(ValueError, match="labels must be int64, and pixels uint8"):
+            Images(labels, pixels)

@@ -426,3 +426,27 @@ def test_either_of_alpha_and_beta_may_be_frozen(frozen):
         out, _ = kernels.cell(spec, *given, kernels=name)
         found.append(torch.autograd.grad(out.square().sum(), given[5 - frozen])[0])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("derived", [False, True], ids=["search", "derived"])
+def test_torch_compile_may_break_the_graph(derived):
+    torch.compiler.reset()
+    model = DerivedNetwork(find("DARTS_V2"), 5, 4, 3, auxiliary=False) if derived else SuperNet(5, 4, 3, 2)
+    model.kernels, images = "native", torch.randn(3, 3, 8, 8)
+    given = (images,) if derived else (images, torch.ones(model.gate_shape))
+    expected = deepcopy(model)(*given)
+    compiled = torch.compile(model, backend="aot_eager")(*given)
+    torch.testing.assert_close(compiled, expected)
+    compiled.sum().backward()
+    assert all(p.grad is not None for p in model.cells[0].parameters())
+
+
+def test_an_exported_network_takes_any_number_of_images(tmp_path):
+    network = DerivedNetwork(find("DARTS_V2"), 5, 4, 3, auxiliary=False, kernels="native").eval()
+    images = torch.randn(4, 3, 8, 8)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch}, None))
+    torch.export.save(program, tmp_path / "network.pt2")
+    loaded = torch.export.load(tmp_path / "network.pt2").module()
+    for count in (4, 2):
+        torch.testing.assert_close(loaded(images[:count]), network(images[:count]))

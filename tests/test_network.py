@@ -1,5 +1,7 @@
 """The derived network: published sizes, shapes, drop-path, the auxiliary head."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from fpdarts.kernels.spec import EPSILON, OPERATIONS
@@ -379,3 +381,19 @@ def test_the_layers_of_stem_and_auxiliary_head():
 def test_an_operation_is_a_module_that_can_be_called(name, stride):
     out = make_operation(name, 5, stride)(torch.randn(2, 5, 8, 8))
     assert out.shape == (2, 5, 8 // stride, 8 // stride)
+
+
+@pytest.mark.parametrize("momentum", [0.01, None], ids=str)
+def test_the_momentum_of_normalizations_is_heeded(momentum):
+    """None is what torch.optim.swa_utils.update_bn sets: the mean of all batches."""
+    network = small(auxiliary=False)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms[::2] if momentum else norms:
+        norm.momentum = momentum
+    theirs = by_modules(deepcopy(network))
+    for seed in range(3):
+        images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        network(images)
+        theirs(images)
+    for (name, ours), expected in zip(network.named_buffers(), theirs.buffers()):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")

@@ -1,5 +1,8 @@
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         run.write_json("result.json", {"a": 2})
     assert json.loads((run.path / "result.json").read_text()) == {"a": 1}
-    assert not list(run.path.glob(".*")), "a temporary file was left behind"
+    assert not list(run.path.glob(".*.partial")), "a temporary file was left behind"
 
 
 def test_links_and_what_is_no_file_stay(tmp_path):
@@ -143,7 +146,7 @@ def test_lost_checkpoints_are_an_error(tmp_path):
         (None, "config.json is missing"),
         ("{", "config.json is not JSON"),
         ("[1]", "config.json holds no JSON object"),
-        ('{"command": "retrain"}', "not the directory of a search run"),
+        ('{"command": "retrain"}', "the directory of another command.s run; give one of search"),
         ('{"command": "search", "version": "9", "warp": 1}', "fpdarts 9 wrote: warp is no option of this version"),
         ('{"command": "search", "epochs": "two"}', "'two' is no value of epochs"),
         ('{"command": "search", "gates": "ajar"}', "'ajar' is no value of gates"),
@@ -170,3 +173,21 @@ def test_metrics_are_json_even_where_a_loss_is_none(tmp_path):
     run = written(tmp_path / "run", 1)
     run.write_epoch({"epoch": 1, "train_loss": 1.0, "valid_loss": float("inf")})
     assert runs.read_metrics(run.path)[1]["valid_loss"] is None
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    run = written(tmp_path / "run", 1)
+    code = "import sys, pathlib; from fpdarts.run import Run; Run(pathlib.Path(sys.argv[1]), [])._prepare_writing()"
+    again = [sys.executable, "-c", code, str(run.path)]
+    done = subprocess.run(again, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert f"another process is running in {tmp_path / 'run'}; wait for its end" in done.stderr
+
+
+def test_where_a_file_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "new", "/dev/null"):
+        files.require_writable(path)
+    assert not (tmp_path / "new").exists()
+    for path in (tmp_path / "folder", tmp_path / "nowhere" / "file"):
+        with pytest.raises(OSError, match=str(path)):
+            files.require_writable(path)

@@ -290,3 +290,26 @@ def test_the_stem_of_imagenet():
     model = SuperNet(10, 4, 3, stem="imagenet")
     kinds = [[type(module).__name__ for module in part] for part in model.stem]
     assert kinds == [["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d"], ["ReLU", "Conv2d", "BatchNorm2d"]]
+
+
+def test_cells_in_training_move_their_statistics_whatever_the_network_is_in():
+    model = SuperNet(5, 4, 3, 2).eval()
+    model.cells.train()
+    model(torch.randn(4, 3, 8, 8), torch.ones(model.gate_shape))
+    assert model.cells[0].running_mean.any() and not model.stem[0][1].running_mean.any()
+
+
+def test_scores_that_are_no_numbers_have_no_genotype():
+    model = SuperNet(5, 4, 3, 2)
+    with torch.no_grad():
+        model.beta_reduce[1] = float("nan")
+    with pytest.raises(ValueError, match="alpha_reduce or beta_reduce is not a number"):
+        model.genotype()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_trains_in_half_precision(dtype):
+    model = SuperNet(5, 4, 3, 2, kernels="reference", subsets=[["sep_conv_3x3", "max_pool_3x3"], ["skip_connect"]])
+    model.to(dtype)
+    model(torch.randn(4, 3, 8, 8, dtype=dtype), torch.ones(model.gate_shape)).sum().backward()
+    assert model.alpha_normal.grad.dtype == dtype

@@ -37,13 +37,18 @@ class Images:
             raise ValueError("Images: give pixels or paths")
         if any(len(field) != len(self.labels) for field in given):
             raise ValueError("Images: as many labels as images are needed")
+        if self.labels.dtype != torch.int64 or (self.pixels is not None and self.pixels.dtype != torch.uint8):
+            raise ValueError("Images: labels must be int64, and pixels uint8, 0 to 255")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices) -> "Images":
-        """The images at `indices` (a sequence or an int64 tensor), in that order."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        """The images at `indices` (integers), in that order. Raises ValueError for anything else, as a mask is."""
+        indices = torch.as_tensor(indices)
+        if indices.numel() and (indices.is_floating_point() or indices.dtype == torch.bool):
+            raise ValueError(f"images are chosen by their numbers, not by {indices.dtype}; of a mask, take nonzero()")
+        indices = indices.long()
         return Images(
             self.labels[indices],
             None if self.pixels is None else self.pixels[indices],
@@ -76,8 +81,8 @@ class Images:
         """
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
-        if not -(2**63) <= seed < 2**64:  # what torch takes
-            raise ValueError(f"--seed must be below 2^64, not {seed}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"--seed must be at least 0 and below 2^64, not {seed}")
         shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         shuffled = shuffled[self.labels[shuffled].argsort(stable=True)]  # class by class, random within a class
         # Every (1 / fraction)-th image of that order: each class gives its share, and so does the whole.
@@ -98,7 +103,7 @@ class Images:
         except DataError:
             raise DataError(
                 f"{len(self)} training images are too few for parts of {weights} (weights) and {architecture} "
-                "(architecture) of them: raise --weight-fraction and --architecture-fraction, or use more images"
+                "(architecture) of them: raise both fractions, or use more images"
             ) from None
 
 
@@ -120,7 +125,7 @@ class ImageData:
     def listing(self, images: Images) -> str:
         """A digest of the names, relative to the source, and labels of some of its images: other files give another."""
         digest = hashlib.blake2b(images.labels.numpy().tobytes(), digest_size=16)
-        prefix = f"{Path(self.source).expanduser()}{os.sep}"
+        prefix = f"{Path(os.path.expanduser(self.source))}{os.sep}"
         for path in images.paths or ():
             digest.update(os.fsencode(path.removeprefix(prefix)) + b"\0")
         return digest.hexdigest()

@@ -49,7 +49,7 @@ def check_folder(path: str | Path) -> dict:
     bad: files that stop a run, problems: what is wrong with the folder itself, ok: nothing is bad or wrong}.
     Raises DataError if it is no image folder.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_dir() or not is_image_folder(path):
         raise DataError(f"{path}: is no image folder; one has train/ and test/ or val/, with a folder a class in each")
     problems, files, classes = [], [], {}

@@ -1,5 +1,6 @@
 """open_data: find out what a path holds, and open it under a protocol."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def open_data(
             raise DataError("digits: are built in, so there are no files to skip; leave --skip out")
         _require(protocol, "digits", "digits", "its 8x8 images suit no other")
         return _resident("digits", "digits", *_load_digits(), image_size)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike Path's own, it leaves what it cannot expand
     if not path.exists():
         raise DataError(f"{path}: does not exist; give a folder, or 'digits' for the built-in data")
     if not path.is_dir():

@@ -1,5 +1,6 @@
 """Which training images train the weights and which the architecture, as two lists of files."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def write_split(data: ImageData, weights: float, architecture: float, seed: int,
     rather than write over a list.
     """
     if data.train.paths is None:
-        raise DataError(f"{data.source}: is no image folder, whose files could be listed; give --weight-fraction")
+        raise DataError(f"{data.source}: is no image folder, whose files could be listed; search divides it itself")
     for name, value in (("weights", weights), ("architecture", architecture)):
         if not 0 < value < 1:
             raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
@@ -75,7 +76,7 @@ def read_split(folder: str | Path, images: Images, data: ImageData) -> tuple[Ima
 
 
 def _prefix(data: ImageData) -> str:
-    return f"{Path(data.source).expanduser() / 'train'}/"
+    return f"{Path(os.path.expanduser(data.source)) / 'train'}/"
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str, int]]:

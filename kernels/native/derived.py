@@ -7,16 +7,16 @@ from .. import Statistics
 from ..spec import DerivedCellSpec
 from .library import batch_tables, cell_backward, cell_forward, fake_gradients, require_float32
 from .operators import of_operation
-from .registration import OPERATORS, below_autograd, operator
+from .registration import OPERATORS, below_autograd, derivative, operator
 
 
 def _geometry(spec: DerivedCellSpec, n: int, size: tuple[int, int]) -> list[int]:
     """DerivedShape in derived.h, the edges, the states of the output; ``size`` of input 1."""
-    fields = [n, *size, spec.channels, spec.reduction, spec.factorized_input, *spec.input_channels]
+    fields = [spec.channels, spec.reduction, spec.factorized_input, *spec.input_channels]
     fields += [len(spec.edges), len(spec.concat)]
     for edge, (name, source) in enumerate(spec.edges):
         fields += [*of_operation(name), source, spec.node(edge) + 2 in spec.live]
-    return [int(field) for field in (*fields, *spec.concat)]
+    return [n, *size, *(int(field) for field in (*fields, *spec.concat))]  # see operators.py
 
 
 def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
@@ -111,7 +111,7 @@ def _differentiable(geometry, rows, unread, x0, x1, weights, *others):
     return _DerivedCell.apply(geometry, rows, unread, x0, x1, *others, *weights)
 
 
-OPERATORS.impl(_derived_cell, _differentiable, "AutogradCPU")
+derivative(_derived_cell, _differentiable)
 
 
 def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import Statistics
 from ..spec import OPERATIONS, CellSpec
 from .library import batch_tables, cell_backward, cell_forward, fake_gradients, gradient, require_float32
-from .registration import OPERATORS, below_autograd, operator
+from .registration import OPERATORS, below_autograd, derivative, operator
 
 _KINDS = {"none": 0, "max_pool_3x3": 1, "avg_pool_3x3": 2, "skip_connect": 3}  # Kind in cell.h
 _CONVOLUTION = 4
@@ -23,11 +23,11 @@ def of_operation(name: str) -> list[int]:
 
 def _geometry(spec: CellSpec, n: int, size: tuple[int, int]) -> list[int]:
     """Shape in cell.h, then the operations; ``size`` of input 1."""
-    fields = [n, *size, spec.channels, spec.partial, spec.nodes, spec.reduction, spec.factorized_input]
+    fields = [spec.channels, spec.partial, spec.nodes, spec.reduction, spec.factorized_input]
     fields += [*spec.input_channels, len(spec.operations)]
     for name, path in zip(spec.operations, spec.path_of_operation):
         fields += [*of_operation(name), path]
-    return [int(field) for field in fields]
+    return [n, *size, *(int(field) for field in fields)]  # the number of images may be symbolic
 
 
 def _out_shape(geometry: list[int]) -> tuple[int, int, int, int]:
@@ -128,7 +128,7 @@ def _differentiable(geometry, rows, x0, x1, weights, *others):
     return _Cell.apply(geometry, rows, x0, x1, *others, *weights)
 
 
-OPERATORS.impl(_cell, _differentiable, "AutogradCPU")
+derivative(_cell, _differentiable)
 
 
 def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statistics=None):

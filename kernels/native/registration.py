@@ -18,10 +18,16 @@ def operator(name: str) -> Callable:
 
     def register(compute):
         OPERATORS.define(name + torch.library.infer_schema(compute, mutates_args=()), tags=_TAGS)
-        OPERATORS.impl(name, compute, "CPU")
+        OPERATORS.impl(name, torch._disable_dynamo(compute), "CPU")
         return getattr(torch.ops.fpdarts, name).default
 
     return register
+
+
+def derivative(op: Callable, compute: Callable):
+    """compute: what "AutogradCPU" calls in place of the operator: an autograd.Function that calls it below_autograd."""
+    # where a graph breaks, torch.compile would otherwise go on tracing within, as far as the library
+    OPERATORS.impl(op, torch._disable_dynamo(compute), "AutogradCPU")
 
 
 # A context. "AutogradCPU" may have a function that calls an autograd.Function, which calls the operator itself in this.

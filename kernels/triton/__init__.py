@@ -31,6 +31,8 @@ def unavailable(device):
         return "they are for NVIDIA GPUs; use --device cuda, or TRITON_INTERPRET=1 to run them, very slowly, on the CPU"
     if kind != "cuda" or torch.version.hip:
         return f"they are for NVIDIA GPUs, not for {kind}; use --kernels reference"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU here; use --device cpu"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         has = f"{major}.{minor}"

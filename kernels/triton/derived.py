@@ -31,18 +31,21 @@ class _DerivedCell(torch.autograd.Function):
             work.preprocess(i, x)
         for level in range(len(p.levels)):
             work.level(level, out)
-        ctx.save_for_backward(x0, x1, work.space, work.index)  # see driver.py
-        del work.space, work.index
+        ctx.save_for_backward(x0, x1, work.scales, work.mean, work.space, work.index)  # see driver.py
+        mean, variance = work.mean, work.variance
+        del work.scales, work.mean, work.space, work.index
         ctx.work = work
-        ctx.mark_non_differentiable(work.mean, work.variance)
+        ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
-        return out, work.mean, work.variance
+        return out, mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, *_):
+        if d_out is None:
+            return (None,) * len(ctx.needs_input_grad)
         work, p = copy.copy(ctx.work), ctx.work.p
-        *inputs, work.space, work.index = ctx.saved_tensors
+        *inputs, work.scales, work.mean, work.space, work.index = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:]
         gradients = DerivedBackward(work, d_out.to(work.dtype).contiguous(memory_format=torch.channels_last))
         for level in reversed(range(len(p.levels))):

@@ -53,8 +53,8 @@ class _Cell(torch.autograd.Function):
     def forward(ctx, spec, gates, statistics, x0, x1, alpha, beta, *weights):
         out, work = _forward(spec, (x0, x1), alpha, beta, gates, weights, statistics)
         # autograd lets go of what is saved when backward is done, of what ctx holds only together with the whole graph
-        ctx.save_for_backward(x0, x1, alpha, beta, work.space, work.index)
-        del work.space, work.index
+        ctx.save_for_backward(x0, x1, alpha, beta, work.gates, work.space, work.index)
+        del work.gates, work.space, work.index
         ctx.work, ctx.sizes = work, [weight.shape for weight in weights]
         mean, variance = work.statistics["mean_ptr"][:-1], work.statistics["variance_ptr"]
         ctx.mark_non_differentiable(mean, variance, work.updated)
@@ -64,8 +64,10 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, *_):
+        if d_out is None:
+            return (None,) * len(ctx.needs_input_grad)
         work, p = copy.copy(ctx.work), ctx.work.p
-        x0, x1, alpha, beta, work.space, work.index = ctx.saved_tensors
+        x0, x1, alpha, beta, work.gates, work.space, work.index = ctx.saved_tensors
         need_x, need_mix, need = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:7], ctx.needs_input_grad[7:]
         d_out = d_out.to(work.dtype).contiguous(memory_format=torch.channels_last)
         gradients = Backward(work, d_out.permute(0, 2, 3, 1).reshape(-1, d_out.shape[1]))
