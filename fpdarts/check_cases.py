@@ -292,9 +292,10 @@ def _step(side, seed, trained):
 
 
 def operations(
-    shapes: tuple[Shape, ...] = SHAPES, derived_shapes: tuple[tuple[int, int], ...] = DERIVED_SHAPES
+    shapes: tuple[Shape, ...] | None = None, derived_shapes: tuple[tuple[int, int], ...] | None = None
 ) -> dict[str, list[Case]]:
-    """Every operation that is checked, in all its settings."""
+    """Every operation that is checked, in all its settings; those of SHAPES and DERIVED_SHAPES if not given."""
+    shapes, derived_shapes = shapes or SHAPES, derived_shapes or DERIVED_SHAPES
 
     def part(compute, *arguments, shapes=shapes, **options):
         def at(shape):
