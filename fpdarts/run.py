@@ -6,6 +6,7 @@ genotype.json    of a search: rewritten each epoch; of a retraining: what is tra
 result.json      the end of the run
 checkpoints/     epoch-0000.pt, ...: the newest and the one before it
 tensorboard/     the same metrics, for plots
+.run.lock        while a process runs, which keeps others out
 """
 
 import io

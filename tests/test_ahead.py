@@ -1,6 +1,6 @@
 """Kernels compiled before a run: they are those that its steps launch, and a launch finds them compiled."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -133,4 +133,14 @@ def test_a_launch_finds_what_was_compiled(monkeypatch, tmp_path):
             each.kernel.warmup(**each.tensors, **each.arguments, grid=each.grid)
     assert len(hits) == len(jobs)
     assert {aot.specialized(each, 90)["data"] for each in launched.all} == jobs.keys()
+
+    # and that the GPU has room for it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for limit, fits in ((10**6, nullcontext()), (-1, pytest.raises(ValueError, match="of shared memory"))):
+        monkeypatch.setattr("fpdarts.kernels.triton.launch.max_shared_mem", lambda device: limit)
+        for each in launched.all:
+            each.kernel.device_caches.clear()
+        with fits, aot.compiling_for(90, 90), compiling():
+            launch()
     assert driver._active is None  # the GPU that is there, if there is one, is not left out
