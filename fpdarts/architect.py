@@ -32,7 +32,8 @@ class Architect:
     loss: of (logits, labels), a scalar.
     clip: largest norm of the architecture gradient; None for no clipping.
     weight_optimizer: the SGD of the weights, whose learning rate, momentum and weight decay a virtual step uses; with
-        it the gradient is of second order (unrolled), without it of first order.
+        it the gradient is of second order (unrolled), without it of first order. Raises ValueError for another
+        optimizer, and for nesterov, dampening or maximize.
     step_size: r of the finite difference R = r / ||v||. 0.01 is the published choice; on a network with ReLU and
         max-pooling its gradient is several times off, and a smaller one is closer to the truth in float64.
     autocast: wraps every forward; makes the context of mixed precision. None leaves the caller's.
@@ -109,9 +110,8 @@ class Architect:
         virtual = {}
         for name, weight, gradient in zip(names, current, gradients):
             update = gradient + decay * weight.detach()
-            buffer = self.weight_optimizer.state.get(weight, {}).get(
-                "momentum_buffer"
-            )  # none before the first weight step
+            # none before the first weight step
+            buffer = self.weight_optimizer.state.get(weight, {}).get("momentum_buffer")
             if buffer is not None:
                 update = update + momentum * buffer
             virtual[name] = (weight.detach() - eta * update).requires_grad_()
