@@ -204,7 +204,7 @@ def test_split_needs_names_only(tmp_path, capsys):
     status, _, err = run(capsys, "split-imagenet", "--data", "digits", "--out", tmp_path / "digits")
     assert status == 1 and "digits: is no image folder" in err
     status, _, err = run(capsys, "split-imagenet", *arguments, root, "--out", tmp_path / "s", "--seed", 10**20)
-    assert status == 1 and "--seed must be below 2^64, not 1" in err
+    assert status == 1 and "--seed must be at least 0 and below 2^64, not 1" in err
 
 
 @pytest.mark.parametrize(
