@@ -294,22 +294,6 @@ def test_a_stage_that_is_in_no_operation_is_refused():
         kernels.stage(x, torch.ones(1, 3, 3, 4), pointwise.double(), kernels="native")
 
 
-def test_a_gradient_that_nobody_sends_is_none():
-    class Ends(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, d):
-            return None
-
-    spec = CellSpec(8, (8, 8), 2, DEFAULT_SUBSETS, 1)
-    given = arguments(spec)
-    Ends.apply(kernels.cell(spec, *given, kernels="native")[0]).sum().backward()
-    assert given[0][0].grad is None
-
-
 def test_too_little_memory_in_c_is_an_error_in_python():
     asked = library.PartArguments(part=2, backward=True, threads=2, images=1, channels=8, height=1, width=1)
     asked.stride, asked.partial, asked.count = 1, 1, 1 << 60
