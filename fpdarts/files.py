@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,9 +43,12 @@ def replacing(path: str | os.PathLike, mark: str = "") -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
 
 
-def lock(path: str | os.PathLike) -> BinaryIO | None:
-    """A file that this process locks until it is closed; None where another process has. Where there are no locks, as
-    on some file systems, everybody may have it."""
+def lock(path: str | os.PathLike, waiting: str | None = None) -> BinaryIO | None:
+    """A file that this process locks until it is closed; the lock of a process that was killed is free again.
+
+    Where another process has it: None or, if there is something to say meanwhile, waits for it. Where there are no
+    locks, as on some file systems, everybody may have it.
+    """
     file = open(path, "ab")
     try:
         import fcntl
@@ -54,9 +58,13 @@ def lock(path: str | os.PathLike) -> BinaryIO | None:
     except ImportError:  # not on Windows
         pass
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return file
+        if waiting is None:
             file.close()
             return None
+        print(waiting, file=sys.stderr)
+        fcntl.lockf(file, fcntl.LOCK_EX)
     return file
 
 

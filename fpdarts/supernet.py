@@ -162,7 +162,7 @@ class SuperNet(nn.Module):
 
     @torch.no_grad()
     def _update_statistics(self, batches):
-        """Of all cells at once: on a GPU the averages are one launch."""
+        """Of all cells at once."""
         running, new, momenta = [], [], []
         for cell, batch in zip(self.cells, batches):
             if batch is None:  # of a cell in evaluation

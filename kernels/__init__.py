@@ -103,12 +103,12 @@ def _loaded(name: str, device: str, function: str, dtype: Optional["torch.dtype"
     return f"{__name__}.{name}"
 
 
+_loaded._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, without importing torch
+
+
 def capturable(name: str, device: str, function: str = "cell") -> bool:
     """Whether a step with that back end can be captured as a CUDA graph. Raises as ``backend`` does."""
     return function in getattr(backend(name, device, function), "GRAPHS", ())
-
-
-_loaded._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, without importing torch
 
 
 def _serving(name: str, x: "Tensor", function: str = "cell") -> ModuleType:

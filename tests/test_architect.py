@@ -166,3 +166,12 @@ def test_weights_outside_the_optimizer_leave_its_state_alone(setting):
     sgd = torch.optim.SGD(model.cells.parameters(), 0.1, 0.9)
     Architect(model, adam(model), F.cross_entropy, weight_optimizer=sgd).step(validation, gates, train)
     assert not sgd.state_dict()["state"]
+
+
+def test_the_second_order_of_a_compiled_supernet_is_that_of_the_plain_one(setting):
+    model, sgd, (train, validation), gates = setting
+    found = [
+        Architect(each, adam(model), F.cross_entropy, weight_optimizer=sgd).gradient(validation, gates, train)
+        for each in (model, torch.compile(model, backend="eager"))
+    ]
+    torch.testing.assert_close(*found)

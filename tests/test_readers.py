@@ -54,6 +54,8 @@ COLOURS = Image.fromarray(random_pixels(9, 12, 3)).resize((57, 43))  # an odd nu
 GREY = COLOURS.convert("L")
 EXIF = Image.Exif()
 EXIF[0x010F] = "Maker"
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 
 
 def saved(image, **options):
@@ -70,18 +72,12 @@ ODD_FILES = {  # suffix, what writes it, whether DALI shows it otherwise than Pi
     "PPM, plain": ("ppm", lambda path: path.write_text("P3 2 2 255 " + "9 8 7 " * 4), False),
     "PPM of other levels": ("ppm", lambda path: path.write_bytes(b"P6 8 8 100\n" + bytes(range(96)) * 2), True),
     "PGM of 16 bits": ("pgm", lambda path: path.write_bytes(b"P5 8 8 65535\n" + bytes(range(128))), True),
-    "JPEG, turned": ("jpg", lambda path: saved(COLOURS, exif=turned())(path), False),
+    "JPEG, turned": ("jpg", saved(COLOURS, exif=TURNED), False),
     "JPEG in CMYK": ("jpg", saved(COLOURS.convert("CMYK")), False),
     "JPEG in CMYK without Adobe's mark": ("jpg", lambda path: write_unmarked_cmyk(path), True),
     "WebP with EXIF": ("webp", saved(COLOURS, exif=EXIF), False),
     "WebP with an odd chunk": ("webp", lambda path: write_odd_webp(path), True),
 }
-
-
-def turned():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return exif
 
 
 def write_unmarked_cmyk(path):

@@ -4,7 +4,6 @@ The name of an array is made of the contents of its files, so that a changed fil
 $FPDARTS_CACHE, or in fpdarts/ of the user's cache folder; FPDARTS_CACHE=off keeps nothing.
 """
 
-import errno
 import hashlib
 import math
 import os
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fpdarts.data.folder import decode_chunk, in_chunks
-from fpdarts.files import replacing
+from fpdarts.files import lock, replacing
 
 _VERSION = b"1"  # of how pixels are made; another one finds nothing that an older wrote
 
@@ -113,19 +112,6 @@ _IN_THIS_PROCESS = threading.Lock()  # between its threads, for which a file's l
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One process at a time; the lock of a process that was killed is free again. Who has to wait says so."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with _IN_THIS_PROCESS, open(file, "w") as lock:
-        # lockf, not flock: a lock of flock would belong to the forked workers too, and outlive this process with them.
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            print(f"waiting for another process that decodes the same images (it holds {file})", file=sys.stderr)
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+    """One process at a time, and of each one thread."""
+    with _IN_THIS_PROCESS, lock(file, f"waiting for another process that decodes the same images (it holds {file})"):
         yield
