@@ -1,5 +1,6 @@
 """Files decoded by Pillow and cut out by torchvision, in the worker processes of PyTorch's DataLoader."""
 
+import gc
 from collections.abc import Iterator
 
 import torch
@@ -47,8 +48,13 @@ class TorchvisionReader:
 
 
 def _arriving(batches: torch.utils.data.DataLoader) -> Iterator[Tensor | DataError]:
+    gc.freeze()  # for workers that are forked: in them the collector would end their parent's DALI pipelines, and wait
     try:
-        yield from batches
+        arriving = iter(batches)
+    finally:
+        gc.unfreeze()
+    try:
+        yield from arriving
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
