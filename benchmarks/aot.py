@@ -5,9 +5,9 @@
 The configurations are those that the launchers ask for on the meta device: in a weight and an architecture step of the
 CIFAR-10 and ImageNet searches with K = 2 and 4 and in their evaluation, and in a step and an evaluation of both
 retrainings, of genotypes that have every operation. Told are registers, spills, shared memory, the widest load and the
-tensor core instructions of each. Exit status 1 where one spills, wants more shared memory than the chip has, loads its
-data in pieces narrower than 64 bit, or waits for rows that are to be copied ahead (rows.py). Needs triton and, beside
-it, PyTorch on the CPU; no GPU, no driver.
+tensor core instructions of each. Exit status 1 where one spills, wants more shared or tensor memory than the chip has,
+loads its data in pieces narrower than 64 bit, or waits for rows that are to be copied ahead (rows.py). Needs triton
+and, beside it, PyTorch on the CPU; no GPU, no driver.
 """
 
 import json
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may have
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # kernels whose loads are single numbers or strided by their nature, and are a small part of all bytes
 NARROW = {"mix_fwd_kernel", "mix_bwd_kernel", "expand_kernel", "unpack_kernel"}
 NARROW |= {"arrange_kernel", "collect_kernel"}
@@ -30,7 +30,7 @@ NARROW |= {"arrange_kernel", "collect_kernel"}
 
 @dataclass(frozen=True)
 class Options:
-    arch: tuple[Literal[80, 86, 89, 90], ...] = (80, 90)
+    arch: tuple[Literal[80, 86, 89, 90, 100, 120], ...] = (80, 90)
     """Compute capabilities times ten."""
     dtypes: tuple[Literal["float32", "bfloat16", "tf32"], ...] = ("float32", "bfloat16", "tf32")
     """tf32: float32 with torch.set_float32_matmul_precision("high")."""
@@ -57,8 +57,7 @@ def configurations(options: Options, arch: int) -> list[dict]:
         storage = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         for protocol in options.searches:
             for step in options.steps:
-                for launch in STEPS[step](protocol, storage, options):
-                    job = specialized(launch, arch)
+                for job in specialized(STEPS[step](protocol, storage, options), arch):
                     found.setdefault(job["data"], job | {"dtype": dtype})
     torch.set_float32_matmul_precision("highest")
     return list(found.values())
@@ -138,8 +137,9 @@ def compiling_for(arch: int, device: int):
         driver.set_active(None)  # it looks again when it is asked
 
 
-def specialized(launch, arch: int) -> dict:
-    """What a process needs to compile a launch's configuration, ``data`` being as Triton specializes it."""
+def specialized(launches, arch: int) -> list[dict]:
+    """What a process needs to compile each configuration, ``data`` being as Triton specializes it. launches: an
+    iterator that finds them, since launchers ask which chip it is."""
     import triton
 
     found = []
@@ -151,10 +151,13 @@ def specialized(launch, arch: int) -> dict:
     # a device where nothing was compiled: of what was, Triton gives no data
     with compiling_for(arch, -arch), triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_cache_hook = keep
-        launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid)
-    function = launch.kernel.fn
-    job = {"kernel": function.__name__, "module": function.__module__, "arch": arch, "c": launch.arguments.get("C")}
-    return job | {"data": found[0], "configuration": told(launch)}
+        jobs = []
+        for launch in launches:
+            launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid)
+            function = launch.kernel.fn
+            job = {"kernel": function.__name__, "module": function.__module__, "arch": arch}
+            jobs.append(job | {"c": launch.arguments.get("C"), "data": found[-1], "configuration": told(launch)})
+    return jobs
 
 
 def binary(job: dict):
@@ -169,6 +172,8 @@ def binary(job: dict):
 
 def compiled(job: dict) -> dict:
     """Resources and instructions of one kernel; with "error" in place of them where it does not compile."""
+    from fpdarts.kernels.triton.launch import TENSOR_MEMORY
+
     row = {name: job[name] for name in ("kernel", "arch", "dtype", "configuration")}
     try:
         made = binary(job)
@@ -178,8 +183,8 @@ def compiled(job: dict) -> dict:
     problems = []
     if row["spills"]:
         problems.append("spills")
-    if row["shared"] > SHARED_LIMIT[job["arch"]]:
-        problems.append("too much shared memory")
+    if row["shared"] > SHARED_LIMIT[job["arch"]] or made.metadata.tmem_size > TENSOR_MEMORY:
+        problems.append("too much shared or tensor memory")
     if job["kernel"].startswith("rows_") and job["dtype"] == "bfloat16" and not row["copied"]:
         problems.append("nothing copied ahead")
     if job["kernel"] not in NARROW:
@@ -247,9 +252,9 @@ def _resources(cubin: bytes) -> dict:
             loads["8" if {"U8", "S8"} & set(parts) else width] += count
     return {
         "registers": int(usage[1]), "stack": int(usage[2]), "spills": named("LDL", "STL"), "loads": dict(loads),
-        "widest_load": max((int(width) for width in loads), default=0), "tensor_core": named("HMMA", "HGMMA"),
-        "copied": named("LDGSTS"), "fma": named("FFMA"), "instructions": sum(operations.values()),
-        "barriers": named("BAR"),
+        "widest_load": max((int(width) for width in loads), default=0),
+        "tensor_core": named("HMMA", "HGMMA", "UTCHMMA"), "copied": named("LDGSTS"), "fma": named("FFMA"),
+        "instructions": sum(operations.values()), "barriers": named("BAR"),
     }  # fmt: skip
 
 

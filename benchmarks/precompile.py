@@ -29,13 +29,13 @@ def jobs(arch: int) -> list[dict]:
 
     asked = aot.Options(dtypes=("bfloat16", "tf32"), searches=("cifar",), partial=(2,))
     found = {}
-    for job in _checked(arch) + aot.configurations(asked, arch) + tune.configurations(arch):
+    for job in aot.specialized(_checked(), arch) + aot.configurations(asked, arch) + tune.configurations(arch):
         found.setdefault(job["data"], job)
     return list(found.values())
 
 
-def _checked(arch: int) -> list[dict]:
-    """As aot.configurations gives them: of what check-kernels launches."""
+def _checked():
+    """What check-kernels launches."""
     import torch
     from fpdarts.kernels.triton.launch import counting
 
@@ -45,7 +45,7 @@ def _checked(arch: int) -> list[dict]:
     with counting() as launched:
         for amp in ("off", "bf16"):
             compute_all(operations(), Side("triton", torch.device("meta"), torch.float32, amp))
-    return [aot.specialized(launch, arch) for launch in launched.all]
+    yield from launched.all
 
 
 def compile_all(jobs: list[dict]) -> tuple[set[Path], list[str]]:

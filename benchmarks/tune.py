@@ -6,13 +6,14 @@ blocks. It is part ``tuning`` of ``benchmarks.gpu``, and wants everything compil
 """
 
 import itertools
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from fpdarts.kernels.triton import timed
-from fpdarts.kernels.triton.launch import padded, pieces
+from fpdarts.kernels.triton.launch import chip, padded, pieces
 from fpdarts.kernels.triton.rows import rows_shares, rows_tiles
 from fpdarts.kernels.triton.rows_wgrad import wgrad_grid
 from fpdarts.kernels.triton.tuning import in_pairs
@@ -138,8 +139,13 @@ def rule_of(launch) -> tuple:
 
 def configurations(arch: int) -> list[dict]:
     """What is to be compiled, found on the meta device, as aot.configurations gives it; some of it more than once."""
-    launches = distinct(aot.searched("cifar", torch.bfloat16, aot.Options(partial=(2,)))).values()
-    return [aot.specialized(variant, arch) for launch, _ in launches for variant in variants(launch)]
+
+    def launches():
+        searched = aot.searched("cifar", torch.bfloat16, aot.Options(partial=(2,)))
+        for launch, _ in distinct(searched).values():
+            yield from variants(launch)
+
+    return aot.specialized(launches(), arch)
 
 
 def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
@@ -176,9 +182,10 @@ def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
         )
         print(f"{calls:3d} x {now * 1e6:7.1f} -> {times[best] * 1e6:7.1f} us {best}: {told}", flush=True)
     chosen, gained = fastest(found)
+    known = timed.TIMED if timed.CHIP == chip() else {}
     total = sum(row["calls"] * row["seconds"] for row in rows)
     print(f"in all {total * 1e3:.2f} ms, with {len(chosen)} other choices {(total - gained) * 1e3:.2f} ms")
-    return {"rows": rows, "timed": written(timed.TIMED | chosen)}
+    return {"rows": rows, "timed": written(known | chosen, chip())}
 
 
 def fastest(found: dict[tuple, list[tuple]]) -> tuple[dict, float]:
@@ -198,9 +205,9 @@ def fastest(found: dict[tuple, list[tuple]]) -> tuple[dict, float]:
     return chosen, gained
 
 
-def written(table: dict) -> str:
+def written(table: dict, chip: int) -> str:
     """The source of timed.py with the table."""
-    head = Path(timed.__file__).read_text().partition("TIMED = ")[0]
+    head = re.sub(r"CHIP = \d+", f"CHIP = {chip}", Path(timed.__file__).read_text().partition("TIMED = ")[0])
     lines = [f"    {rule!r}: {options!r},  # fmt: skip" for rule, options in sorted(table.items(), key=repr)]
     return head + "\n".join(["TIMED = {", *lines, "}"]) + "\n"
 

@@ -162,17 +162,17 @@ class SuperNet(nn.Module):
 
     @torch.no_grad()
     def _update_statistics(self, batches):
-        """Of all cells at once."""
-        running, new, momenta = [], [], []
+        """Of all cells at once: of tables of one layout, as here, CUDA has a launch for all, not one for each."""
+        running, new, updated = [], [], []
         for cell, batch in zip(self.cells, batches):
             if batch is None:  # of a cell in evaluation
                 continue
-            momentum = batch.updated.to(cell.running_mean.dtype)  # 0 for the rows of closed paths, which rest
-            for table, values in ((cell.running_mean, batch.mean), (cell.running_variance, batch.variance)):
-                running.append(table)
-                new.append(values.to(table.dtype))
-                momenta.append(momentum.expand_as(table))
-        torch._foreach_lerp_(running, new, torch._foreach_mul(momenta, _MOMENTUM))
+            running += cell.running_mean, cell.running_variance
+            new += batch.mean, batch.variance
+            updated.append(batch.updated)
+        dtype = running[0].dtype
+        momenta = torch._foreach_mul([table.to(dtype) for table in updated], _MOMENTUM)  # closed paths rest
+        torch._foreach_lerp_(running, [table.to(dtype) for table in new], [m for m in momenta for _ in range(2)])
 
     @torch.no_grad()
     def genotype(self) -> Genotype:

@@ -37,8 +37,8 @@ class Statistics(NamedTuple):
 
     mean, variance: (rows, c) float32 (the reference: as the weights, or float32); the variance is the unbiased one, as
         torch.nn.BatchNorm2d keeps it.
-    updated: (rows, 1), 1 where this forward computed the row, 0 where its path was closed and it rests. None of a
-        derived cell, which computes all.
+    updated: as mean, 1 in the rows that this forward computed, 0 in those whose path was closed and that rest. None of
+        a derived cell, which computes all.
     """
 
     mean: "Tensor"

@@ -111,8 +111,7 @@ class _Normalizer:
             empty.index_copy(0, rows, torch.cat(parts).to(self.dtype).view(len(rows), -1))
             for parts in (self.means, self.variances)
         )
-        updated = empty.new_zeros(len(empty), 1).index_fill(0, rows, 1.0)
-        return Statistics(mean, variance, updated)
+        return Statistics(mean, variance, updated=empty.index_fill(0, rows, 1.0))
 
 
 def _operation(spec, name, x, source, opened, weights, coefficients, normalizer):

@@ -118,7 +118,7 @@ def test_a_launch_finds_what_was_compiled(monkeypatch, tmp_path):
 
     with counting() as launched:
         launch()
-    jobs = {job["data"]: job for job in (aot.specialized(each, 90) for each in launched.all)}
+    jobs = {job["data"]: job for job in aot.specialized(launched.all, 90)}
     for job in jobs.values():
         aot.binary(job)
     assert hits == [False] * len(jobs)
@@ -132,13 +132,18 @@ def test_a_launch_finds_what_was_compiled(monkeypatch, tmp_path):
         for each in launched.all:
             each.kernel.warmup(**each.tensors, **each.arguments, grid=each.grid)
     assert len(hits) == len(jobs)
-    assert {aot.specialized(each, 90)["data"] for each in launched.all} == jobs.keys()
+    assert {job["data"] for job in aot.specialized(launched.all, 90)} == jobs.keys()
 
     # and that the GPU has room for it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for limit, fits in ((10**6, nullcontext()), (-1, pytest.raises(ValueError, match="of shared memory"))):
-        monkeypatch.setattr("fpdarts.kernels.triton.launch.max_shared_mem", lambda device: limit)
+    for shared, columns, fits in (
+        (10**6, 512, nullcontext()),
+        (-1, 512, pytest.raises(ValueError, match="of shared memory")),
+        (10**6, -1, pytest.raises(ValueError, match="of tensor memory")),
+    ):
+        monkeypatch.setattr("fpdarts.kernels.triton.launch.max_shared_mem", lambda device: shared)
+        monkeypatch.setattr("fpdarts.kernels.triton.launch.TENSOR_MEMORY", columns)
         for each in launched.all:
             each.kernel.device_caches.clear()
         with fits, aot.compiling_for(90, 90), compiling():

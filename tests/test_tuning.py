@@ -34,6 +34,22 @@ def test_what_was_timed_comes_before_the_rule(monkeypatch):
     monkeypatch.setitem(timed.TIMED, RULE, {"TALL": 2, "maxnreg": None})
     assert tuning.rows_forward(*RULE[1:]) == {name: v for name, v in ruled.items() if name != "maxnreg"} | {"TALL": 2}
     assert tuning.rows_forward(8, 8, 32, "ieee", 2)["TALL"] != 2
+    with aot.compiling_for(80, -80):
+        assert tuning.rows_forward(*RULE[1:]) == ruled, "it was timed on another chip"
+
+
+def test_sums_of_many_rows_stay_out_of_tensor_memory():
+    """Of 64 rows by 4 or 8 warps the compiler would put them there, where most have no room."""
+    for chip in (90, 100):
+        with aot.compiling_for(chip, -chip):
+            launches = list(aot.searched("cifar", torch.bfloat16, aot.Options(partial=(2,))))
+        found = [launch.arguments for launch in launches if launch.kernel.fn.__name__.startswith("rows_")]
+        large = [given for given in found if given["num_warps"] >= 4 and _rows_of_product(given) >= 64]
+        assert bool(large) == (chip == 90)
+
+
+def _rows_of_product(given) -> int:
+    return given["WIDE"] if "DISTANCE" in given else given["BLOCK"]  # of gradients of weights, or else
 
 
 def test_the_fastest_is_chosen_for_all_launches_of_a_rule():
@@ -51,9 +67,9 @@ def test_the_fastest_is_chosen_for_all_launches_of_a_rule():
 def test_the_table_is_written_as_it_is_read():
     table = {RULE: {"BLOCK": 32, "maxnreg": None}, ("node", 8, 2, 2): {"BLOCK": 16}}
     found = {}
-    exec(tune.written(table), found)
-    assert found["TIMED"] == table
-    assert tune.written(timed.TIMED).partition("TIMED")[0] == tune.written(table).partition("TIMED")[0]
+    exec(tune.written(table, 100), found)
+    assert found["TIMED"] == table and found["CHIP"] == 100
+    assert tune.written(timed.TIMED, timed.CHIP).partition("TIMED")[0] == tune.written(table, 90).partition("TIMED")[0]
 
 
 def test_compiled_kernels_travel(tmp_path):

@@ -1,5 +1,6 @@
 """Image folders: train/ and test/ (or val/), a folder a class, and the decoding of image files."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -301,6 +302,7 @@ def worker_ended(how: str) -> DataError:
 
 
 def _begin_worker() -> None:
+    gc.freeze()  # or the collector would end DALI pipelines of the parent that this process was forked from, and wait
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

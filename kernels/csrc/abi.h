@@ -6,7 +6,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t FPDARTS_ABI = 4;
+constexpr int64_t FPDARTS_ABI = 5;
 
 // A cell of the search, or of a derived network, which reads path_scales in place of alpha, beta and gates. Geometry, as
 // 64-bit integers: the fields of Shape in cell.h in their order, then five numbers an operation; or those of
@@ -28,7 +28,7 @@ struct CellArguments {
     float* out;
     float* mean;  // (rows, c)
     float* variance;
-    float* updated;  // (rows,)
+    float* updated;  // (rows, c)
     // Backward; each gradient is null where it is not needed.
     const float* d_out;
     float* scratch;  // fpdarts_cell_scratch floats

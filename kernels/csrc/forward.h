@@ -18,7 +18,7 @@ template <int V> class Forward : public Engine<V> {
         : Base(arguments), moments(threads, l.rows, l.lanes) {}
 
     void run() {
-        if (training) std::fill_n(a.updated, l.rows, 0.0f);
+        if (training) std::fill_n(a.updated, l.rows * l.c, 0.0f);
         else take_given();
         preprocess();
         for (int source = 0; source <= l.nodes; source++) {
@@ -48,7 +48,7 @@ template <int V> class Forward : public Engine<V> {
     // The batch's statistics of a row, once all images have been seen.
     void finish(int row) {
         if (!training) return;
-        a.updated[row] = 1;
+        std::fill_n(a.updated + row * l.c, l.c, 1.0f);
         moments.each(row, [&](int k, double mean, double m2, double count) {
             a.work[l.mean(row) + k] = mean;
             a.work[l.inverse(row) + k] = 1 / std::sqrt(m2 / count + EPSILON);

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 4
+ABI = 5
 NAME = "libfpdarts_kernels.so"
 _PROCESS = os.getpid()  # where OpenMP's threads live
 

@@ -50,7 +50,7 @@ def _cell(
     variance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, batch mean, batch variance, updated, work). rows: (statistics rows, c)."""
-    batch = batch_tables(rows, rows, (rows[0], 1))
+    batch = batch_tables(rows, rows, rows)
     out, work = cell_forward(
         "cell", geometry, _out_shape(geometry), (x0, x1), weights, alpha=alpha, beta=beta, gates=gates, given_mean=mean,
         given_variance=variance, mean=batch[0], variance=batch[1], updated=batch[2],
@@ -62,7 +62,7 @@ def _cell(
 def _(geometry, rows, x0, x1, weights, alpha, beta, gates, mean, variance):
     out = x0.new_empty(_out_shape(geometry)).contiguous(memory_format=torch.channels_last)
     size = torch.library.get_ctx().new_dynamic_size()  # depends on the processor's vectors
-    return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(rows[0], 1), x0.new_empty(size)
+    return out, x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(rows), x0.new_empty(size)
 
 
 @torch.library.custom_op("fpdarts::cell_backward", mutates_args=(), device_types="cpu")

@@ -26,7 +26,7 @@ class Forward:
         self.statistics = {"mean_ptr": mean, "inverse_ptr": inverse, "variance_ptr": variance}
         self.normalizing = {"mean_ptr": mean, "inverse_ptr": inverse}
         self.opened = torch.empty(p.instances, dtype=torch.int32, device=device)
-        self.updated = torch.empty(p.instances, 1, device=device)
+        self.updated = torch.empty(p.instances, p.c, device=device)
         self.coefficients = torch.empty(p.one + 1, device=device)
         self.counters = torch.empty(p.node_jobs, dtype=torch.int32, device=device)
         self.partial = torch.empty(p.instances * p.shares * 3 * p.c, device=device)
@@ -69,7 +69,7 @@ class Forward:
             mix_fwd_kernel, (1 + pieces(p.instances + 1, block), 1 + len(rows)), tensors,
             self.weights.nbytes + self.dense.nbytes, EDGES=p.edges, ROWS=p.instances, LAST=p.one, COUNTERS=p.node_jobs,
             OPERATIONS=len(p.spec.operations), PATHS=p.spec.paths, K=p.k, C=p.c, P=padded(p.c), BLOCK=block,
-            USES=p.mix_tables["uses_ptr"].shape[1],
+            USES=p.mix_tables["uses_ptr"].shape[1], maxnreg=128,
         )  # fmt: skip
 
     def preprocess_weights(self, i: int) -> Tensor:

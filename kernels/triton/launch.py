@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.compiler.compiler import max_shared_mem
+from triton.language.target_info import current_target
 
 # A kernel that the launchers call. Numbers of rows are not specialized on (divisible by 16 or not), which would compile
 # each kernel again for a last batch; distances are: that they are aligned is what makes loads wide.
@@ -23,6 +24,24 @@ def interpreted() -> bool:
 
 
 INTERPRETED = tl.constexpr(interpreted())
+
+
+def chip() -> int:
+    """Compute capability, times ten, of the GPU that is launched on or compiled for; of none, as where kernels are
+    interpreted or only counted, an H100's."""
+    target = current_target()
+    return 90 if target is None or target.backend != "cuda" else target.arch
+
+
+TENSOR_MEMORY = 512  # columns a block
+
+
+@triton.constexpr_function
+def in_tensor_memory() -> bool:
+    """Whether products of 64 rows and more by 4 or 8 warps have their sums in tensor memory, as on Blackwell's chips
+    for data centers (not on its others): it has no room for the sums of many rows of a map."""
+    return 100 <= chip() < 120
+
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 SINCE_3_7 = tl.constexpr(VERSION >= (3, 7))  # what was seen with 3.8 and not with 3.6
@@ -75,7 +94,7 @@ def compiling():
     """Compiles what is launched within, on the meta device, for the GPU at hand: on all cores, and before it is left.
 
     Otherwise a kernel is compiled when it is first launched, one after the other. Raises what the compiler raises, and
-    ValueError for a kernel that the GPU has too little shared memory for.
+    ValueError for a kernel that the GPU has too little shared or tensor memory for.
     """
     with counting() as launched:
         yield
@@ -89,12 +108,15 @@ def compiling():
 
 def _require_fitting(launch: Launch, compiled, limit: int):
     compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of those that were compiled just now
-    if compiled.metadata.shared > limit:
-        raise ValueError(
-            f"{launch.kernel.fn.__name__} for slices of {launch.arguments.get('C')} channels needs "
-            f"{compiled.metadata.shared:,} bytes of shared memory, and this GPU has {limit:,} a block; use fewer "
-            "--init-channels, or --kernels reference"
-        )
+    needs = compiled.metadata
+    for needed, there, what in (
+        (needs.shared, limit, "bytes of shared memory"), (needs.tmem_size, TENSOR_MEMORY, "columns of tensor memory")
+    ):  # fmt: skip
+        if needed > there:
+            raise ValueError(
+                f"{launch.kernel.fn.__name__} for slices of {launch.arguments.get('C')} channels needs {needed:,} "
+                f"{what}, and this GPU has {there:,} a block; use fewer --init-channels, or --kernels reference"
+            )
 
 
 def launch(function, grid: tuple[int, ...], tensors: dict, moved: float, **arguments):

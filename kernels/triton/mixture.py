@@ -96,12 +96,13 @@ def _mix(
             value = tl.load(gates_ptr + use, mask=mask & (use >= 0), other=0.0)
             opened = opened | ((use == -2) | (value != 0)).to(tl.int32)
         tl.store(opened_ptr + row, opened, mask=mask)
-        tl.store(updated_ptr + row, opened.to(tl.float32), mask=mask)
         where = (row * C)[:, None] + c[None, :]
         inside = (row <= ROWS)[:, None] & (c < C)[None, :]
         tl.store(mean_ptr + where, tl.zeros([BLOCK, P], tl.float32), mask=inside)
         tl.store(inverse_ptr + where, tl.full([BLOCK, P], 1.0, tl.float32), mask=inside)
-        tl.store(variance_ptr + where, tl.zeros([BLOCK, P], tl.float32), mask=inside & mask[:, None])
+        inside = inside & mask[:, None]
+        tl.store(variance_ptr + where, tl.zeros([BLOCK, P], tl.float32), mask=inside)
+        tl.store(updated_ptr + where, tl.zeros([BLOCK, P], tl.float32) + opened.to(tl.float32)[:, None], mask=inside)
 
 
 @kernel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import tuning
 from .convolution import activate, open_edges, tap_and_channel
-from .launch import TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
+from .launch import TRITON_DTYPE, both, dot_options, in_tensor_memory, kernel, launch, padded, pieces
 from .rows import edge_and_output, first_of, has_pixel, load_row, place_of, renamed, rows_tiles, zero_totals
 
 
@@ -40,7 +40,7 @@ def _gradients(
     # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
     # Then inputs are stored to shared memory once more, a row at a time. Where the columns are outputs side by side,
     # with zeros between them, it is not done: a fifth of the barriers is left (counted, not timed).
-    SWAP: tl.constexpr = COLUMNS >= (128 if ACROSS > 1 else 64)
+    SWAP: tl.constexpr = COLUMNS >= (128 if ACROSS > 1 else 64) and not in_tensor_memory()
     seen, ci = tap_and_channel(chunk, P, WIDE)
     dx, fits = seen * DILATION - PAD, (seen < SIDE + ACROSS - 1) & (ci < C)
     e, across, co = edge_and_output(EDGES, ACROSS, P)

@@ -2,7 +2,7 @@
 
 Those of the search in bfloat16 were timed on an H100 (``benchmarks.tune``), but for the kernels of rows.py, of nodes
 and of poolings, and for pipelines of two stages; the others are chosen by what fits. What ``benchmarks.tune`` finds
-faster goes into timed.py, and comes before the rules here.
+faster goes into timed.py, and comes before the rules here on a chip of that kind.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from functools import wraps
 
 import triton
 
-from .launch import SINCE_3_7
-from .timed import TIMED
+from .launch import SINCE_3_7, chip, in_tensor_memory
+from .timed import CHIP, TIMED
 
 # block: rows of a map in a program. programs: that a sum over all rows is cut into. merged: shares of sums, times
 # channels, that a program adds up at a time.
@@ -34,7 +34,9 @@ def timed(rule: Callable[..., dict]) -> Callable[..., dict]:
 
     @wraps(rule)
     def choose(*arguments):
-        options = rule(*arguments) | TIMED.get((rule.__name__, *arguments), {})
+        options, faster = rule(*arguments), TIMED.get((rule.__name__, *arguments))
+        if faster and chip() == CHIP:
+            options |= faster
         return {name: value for name, value in options.items() if value is not None}
 
     return choose
@@ -89,7 +91,7 @@ def convolution(wide_in: int, wide_out: int, width: int, precision: str, size: i
     k = 32 if size == 4 or wide_in == 32 else 64
     if size == 2 and wide_in == 32 and wide_out == 128 and (NEWER or width & (width - 1)):
         k = 16  # places in such a map take the registers that a wider block has not left, on sm_80
-    wide = exact or wide_out * size >= (128 if size == 4 else 512)
+    wide = exact or wide_out * size >= (128 if size == 4 else 256 if in_tensor_memory() else 512)
     return {"BLOCK_K": k, "num_warps": 8 if wide else 4, "num_stages": 2 if size == 2 and wide_in == 32 else 1}
 
 
@@ -107,7 +109,8 @@ def data_gradient(wide_in: int, wide_out: int, stride: int, precision: str, size
     elif size == 4 and not exact and wide_out == 8:
         warps = 8
     whole = 16 <= wide_out <= k and stages == 1
-    return {"BLOCK_K": wide_out if whole else k, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+    options = {"BLOCK_K": wide_out if whole else k, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+    return options | ({"maxnreg": 128} if size == 2 and columns == 64 and in_tensor_memory() else {})
 
 
 @timed
@@ -136,12 +139,26 @@ def _rows(
     return options | ({} if registers is None else {"maxnreg": registers})
 
 
+def in_registers(rule: Callable[..., dict]) -> Callable[..., dict]:
+    """The rule, but where its tiles would have their sums in tensor memory, with half of one, and as much a thread."""
+
+    @wraps(rule)
+    def choose(*arguments):
+        options = rule(*arguments)
+        if options["BLOCK"] >= 64 and options["num_warps"] >= 4 and in_tensor_memory():
+            options |= {"BLOCK": options["BLOCK"] // 2, "num_warps": options["num_warps"] // 2}
+        return options
+
+    return choose
+
+
 def in_pairs(width: int) -> bool:
     """Whether outputs can stand side by side: pairs of pairs are to fill a map's width, see rows.first_of."""
     return width % 4 == 0
 
 
 @timed
+@in_registers
 def rows_forward(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two. width: of the map."""
     if size == 4 and precision == "ieee":
@@ -154,22 +171,25 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
         return _rows(32, tall, 16, 4 if columns < 128 else 8, 255, stages=1)
     if columns <= 8:
         return _rows(32, 8, 16, 2, across=2) if wide == 8 and in_pairs(width) else _rows(16, 8, 16, 1)
+    blackwell = chip() >= 100
     if wide <= 8 and columns <= 32:
-        return _rows(64, 4 if width % 16 else 8, 16, 4) if columns == 32 else _rows(32, 8, 16, 2)
+        return _rows(64, 4 if width % 16 or blackwell else 8, 16, 4) if columns == 32 else _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
         if columns > wide:
             return _rows(32, 4, 16, 2)
         return _rows(32, 8, 16, 2, 200) if NEWER else _rows(32, 16 if width % 16 == 0 else 8, 16, 2)
+    fewer = in_tensor_memory()  # some spill there that elsewhere do not
     if columns == 32:
-        return _rows(32, 8, 16, 2) if width % 8 == 0 and columns == wide else _rows(64, 4, 16, 4)
+        return _rows(32, 8, 16, 2) if width % 8 == 0 and columns == wide and not fewer else _rows(64, 4, 16, 4)
     if columns == 64:
-        return _rows(64, 4, 16, 4) if wide == 16 else _rows(32, 2, 32, 4)
+        return _rows(64, 4, 16, 4) if wide == 16 and not fewer else _rows(32, 2, 32, 4)
     if columns == 128:
-        return _rows(32 if width & (width - 1) else 64, 2, 16, 4)
+        return _rows(32 if width & (width - 1) or blackwell else 64, 2, 16, 4)
     return _rows(32, 1, 32, 8)
 
 
 @timed
+@in_registers
 def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precision: str, size: int) -> dict:
     """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
     columns = {"COLUMNS": min(wide, 64)}
@@ -177,19 +197,20 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
         return columns | (_rows(32, 2, 16, 4, stages=1) if wide == summed == 32 else _rows(32, 1, 16, 4, 255, 1))
     if size == 4:
         return columns | (_rows(64, 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
+    most = 255 if chip() >= 100 else 208
     if wide >= 32:
-        return columns | (_rows(64, 4, 16, 4, 208) if wide == 32 else _rows(64, 4, 32, 8))
+        return columns | (_rows(64, 4, 16, 4, most) if wide == 32 else _rows(64, 4, 32, 8))
     if summed == wide == 8 and in_pairs(width):
-        return columns | _rows(64, 8, 16, 4, 208, across=2)
+        return columns | _rows(64, 8, 16, 4, most, across=2)
     if summed <= 8:
         return columns | _rows(8 * wide, 4, 16, 2, 168 if NEWER else None)
     if summed == wide:
-        return columns | _rows(64, 8, 16, 4, 208)
+        return columns | _rows(64, 8, 16, 4, most)
     if NEWER:
         if stride == 2 and summed > 16:
             return columns | _rows(32, 4, 32, 2)
         if summed == 64:
-            return columns | _rows(16, 8, 32, 1)
+            return columns | (_rows(64, 8, 32, 4) if chip() >= 100 else _rows(16, 8, 32, 1))
         return columns | _rows(32, 8, min(32, summed), 2, 255 if wide == 8 and summed == 16 else None)
     return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 else 8, min(32, summed), 2)
 
@@ -206,7 +227,8 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         if columns > wide:
             return _rows(16, 8, 32, 8 if columns == 64 else 4, across=2)
         tall = 16 if wide < 32 and width % (256 // wide) == 0 else 8
-        return _rows(16, tall, 64 if wide == 16 else 32, 2 if wide == 8 else 4, across=2)
+        twice = wide == 16 and not in_tensor_memory()
+        return _rows(16, tall, 64 if twice else 32, 4 if twice or wide == 32 else 2, across=2)
     if columns > 64:
         return _rows(64, 4 if wide == 16 else 2, min(32, wide), 8)
     if columns == 64:
@@ -264,6 +286,8 @@ def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
     }  # fmt: skip
     if exact and found == 64:
         options["maxnreg"] = 128  # the compiler would choose 64 on sm_90, and spill
+    elif size == 4 and found >= 64 and in_tensor_memory():
+        options["maxnreg"] = 168  # or 128, and it would spill
     return options
 
 
