@@ -205,13 +205,15 @@ def read_metrics(path: Path) -> list[dict]:
     """Of each epoch. Raises RunError for a line that is none's."""
     file, metrics = Path(path) / "metrics.jsonl", []
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, 1):
+    for number, text in enumerate(lines, 1):
         try:
-            metrics.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
-            metrics.append(None)
-        if not isinstance(metrics[-1], dict) or metrics[-1].get("epoch") != number - 1:
+            line = None
+        found = line if isinstance(line, dict) else {}
+        if found.get("epoch") != number - 1 or not isinstance(found.get("seconds", 0), (int, float)):
             raise RunError(f"{file}: line {number} is not of epoch {number - 1}; restore the file from a copy")
+        metrics.append(found)
     return metrics
 
 

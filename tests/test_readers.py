@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -316,6 +317,15 @@ def test_files_that_dali_would_show_otherwise_are_refused_and_told(tmp_path, kin
         assert select_reader("auto", data)[0] == ("dali" if suffix in ("jpg", "png") else "torchvision")
     else:
         assert torch.equal(*(all_of(make(data.test, data, reader).epoch())[0] for reader in ("dali", "torchvision")))
+
+
+def test_an_interrupt_is_not_the_workers_to_end_by(tmp_path):
+    data = open_data(write_jpegs(tmp_path, lambda number: (90, 70)), image_size=32)
+    batches = make(data.train, data, "torchvision").epoch()
+    next(batches)  # now all have begun
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) > 1
 
 
 def test_a_failed_epoch_leaves_no_workers(tmp_path):

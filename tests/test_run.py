@@ -100,7 +100,7 @@ def test_a_checkpoint_of_something_else_is_refused():
         runs.restore(model, {}, "model", "out")
 
 
-@pytest.mark.parametrize("line", ["null", "{", "{}", "3", '{"epoch": 7}'])
+@pytest.mark.parametrize("line", ["null", "{", "{}", "3", '{"epoch": 7}', '{"epoch": 1, "seconds": "3"}'])
 def test_a_line_without_metrics_is_named(tmp_path, line):
     run = written(tmp_path / "run", 1)
     with (run.path / "metrics.jsonl").open("a") as file:

@@ -1,6 +1,7 @@
 """Files decoded by Pillow and cut out by torchvision, in the worker processes of PyTorch's DataLoader."""
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -42,9 +43,15 @@ class TorchvisionReader:
             persistent_workers=self._workers > 0,
             collate_fn=_stack,
             pin_memory=self._pinned,
+            worker_init_fn=_leave_interrupts_to_parent,
             generator=torch.Generator(),  # or else it would draw from the global one
         )
         return plan, batches
+
+
+def _leave_interrupts_to_parent(_):
+    """A terminal sends Ctrl-C to all, and a worker that ended by it would be told as an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _arriving(batches: torch.utils.data.DataLoader) -> Iterator[Tensor | DataError]:
