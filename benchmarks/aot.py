@@ -39,6 +39,8 @@ class Options:
     """Protocols, of retrainings too."""
     partial: tuple[int, ...] = (2, 4)
     """K."""
+    init_channels: int = 16
+    """Of searches."""
     kernels: tuple[str, ...] = ()
     """Only kernels whose name contains one of these."""
     jobs: int = 2
@@ -74,7 +76,7 @@ def searched(protocol, storage, options):
     for k in options.partial:
         n, side = (256, 32) if protocol == "cifar" else (128, 224)
         with torch.device("meta"):
-            model = SuperNet(10, 16, 8, partial=k, stem=protocol)
+            model = SuperNet(10, options.init_channels, 8, partial=k, stem=protocol)
         with counting() as launched:
             images = torch.empty(n, 3, side, side, dtype=storage, device="meta")
             take_search_steps(twin(model, "triton", storage), images)

@@ -29,6 +29,13 @@ def test_every_launch_of_a_search_has_the_options_of_its_rule():
     assert kernels == set(tune.CANDIDATES)
 
 
+@pytest.mark.parametrize("step", aot.STEPS)
+def test_kernels_use_only_what_triton_compiles(step):
+    """The interpreter takes any function of Python; the compiler refuses it where it makes a kernel's key."""
+    for launch in aot.STEPS[step]("cifar", torch.float32, aot.Options(partial=(2,))):
+        assert launch.kernel.cache_key
+
+
 def test_what_was_timed_comes_before_the_rule(monkeypatch):
     ruled = tuning.rows_forward(*RULE[1:])
     monkeypatch.setitem(timed.TIMED, RULE, {"TALL": 2, "maxnreg": None})

@@ -26,6 +26,7 @@ def interpreted() -> bool:
 INTERPRETED = tl.constexpr(interpreted())
 
 
+@triton.constexpr_function
 def chip() -> int:
     """Compute capability, times ten, of the GPU that is launched on or compiled for; of none, as where kernels are
     interpreted or only counted, an H100's."""
