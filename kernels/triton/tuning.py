@@ -161,8 +161,9 @@ def in_pairs(width: int) -> bool:
 @in_registers
 def rows_forward(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two. width: of the map."""
+    blackwell = chip() >= 100
     if size == 4 and precision == "ieee":
-        tall, registers = (2, None) if wide < columns <= max(16, 2 * wide) <= 32 else (1, 255)
+        tall, registers = (2, None) if wide < columns <= max(16, 2 * wide) <= 32 and not blackwell else (1, 255)
         return _rows(32, tall, 16, 4 if columns < 128 else 8, registers, 1)
     if size == 4:
         if columns <= 32 and wide < 32:
@@ -171,7 +172,6 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
         return _rows(32, tall, 16, 4 if columns < 128 else 8, 255, stages=1)
     if columns <= 8:
         return _rows(32, 8, 16, 2, across=2) if wide == 8 and in_pairs(width) else _rows(16, 8, 16, 1)
-    blackwell = chip() >= 100
     if wide <= 8 and columns <= 32:
         return _rows(64, 4 if width % 16 or blackwell else 8, 16, 4) if columns == 32 else _rows(32, 8, 16, 2)
     if columns <= 32 and wide < 32:
@@ -192,12 +192,18 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
 @in_registers
 def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precision: str, size: int) -> dict:
     """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
-    columns = {"COLUMNS": min(wide, 64)}
+    columns, blackwell = {"COLUMNS": min(wide, 64)}, chip() >= 100
     if size == 4 and precision == "ieee":
-        return columns | (_rows(32, 2, 16, 4, stages=1) if wide == summed == 32 else _rows(32, 1, 16, 4, 255, 1))
+        return columns | (
+            _rows(32, 2, 16, 4, stages=1)
+            if wide == summed == 32
+            else _rows(32, 1, 16, 8 if blackwell and wide == 32 else 4, 255, 1)
+        )
     if size == 4:
-        return columns | (_rows(64, 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
-    most = 255 if chip() >= 100 else 208
+        return columns | (
+            _rows(64, 1 if in_tensor_memory() else 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1)
+        )
+    most = 255 if blackwell else 208
     if wide >= 32:
         return columns | (_rows(64, 4, 16, 4, most) if wide == 32 else _rows(64, 4, 32, 8))
     if summed == wide == 8 and in_pairs(width):
@@ -210,7 +216,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
         if stride == 2 and summed > 16:
             return columns | _rows(32, 4, 32, 2)
         if summed == 64:
-            return columns | (_rows(64, 8, 32, 4) if chip() >= 100 else _rows(16, 8, 32, 1))
+            return columns | (_rows(64, 8, 32, 4) if blackwell else _rows(16, 8, 32, 1))
         return columns | _rows(32, 8, min(32, summed), 2, 255 if wide == 8 and summed == 16 else None)
     return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 else 8, min(32, summed), 2)
 
@@ -218,7 +224,9 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
 @timed
 def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     if size == 4 and precision == "ieee":
-        return _rows(16, 2 if columns < 64 else 1, 16, 8 if columns >= 64 or wide >= 32 else 4, stages=1)
+        blackwell = chip() >= 100
+        tall, registers = 1 if columns >= 64 or columns == 32 and blackwell else 2, 255 if blackwell else None
+        return _rows(16, tall, 16, 8 if columns >= 64 or wide >= 32 else 4, registers, 1)
     if columns > 128:  # wider than the protocols' searches: of larger blocks some do not fit into shared memory
         return _rows(32 if columns <= 512 else 16, 1, 16, 8)
     if size == 4:
