@@ -194,15 +194,12 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
     """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
     columns, blackwell = {"COLUMNS": min(wide, 64)}, chip() >= 100
     if size == 4 and precision == "ieee":
-        return columns | (
-            _rows(32, 2, 16, 4, stages=1)
-            if wide == summed == 32
-            else _rows(32, 1, 16, 8 if blackwell and wide == 32 else 4, 255, 1)
-        )
+        if wide == summed == 32:
+            return columns | _rows(32, 2, 16, 4, stages=1)
+        return columns | _rows(32, 1, 16, 8 if blackwell and wide == 32 else 4, 255, 1)
     if size == 4:
-        return columns | (
-            _rows(64, 1 if in_tensor_memory() else 2, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1)
-        )
+        tall = 1 if in_tensor_memory() else 2
+        return columns | (_rows(64, tall, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
     most = 255 if blackwell else 208
     if wide >= 32:
         return columns | (_rows(64, 4, 16, 4, most) if wide == 32 else _rows(64, 4, 32, 8))
