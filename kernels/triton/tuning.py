@@ -215,7 +215,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
         if summed == 64:
             return columns | (_rows(64, 8, 32, 4) if blackwell else _rows(16, 8, 32, 1))
         return columns | _rows(32, 8, min(32, summed), 2, 255 if wide == 8 and summed == 16 else None)
-    return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 else 8, min(32, summed), 2)
+    return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 and not blackwell else 8, min(32, summed), 2)
 
 
 @timed
@@ -266,8 +266,8 @@ def depthwise(channels: int, size: int) -> dict:
     """Of BLOCK pixels in TALL rows; a thread has 16 bytes of each row."""
     wide = columns(channels)
     options = {"BLOCK": 2048 // (size * wide), "TALL": 4, "COLUMNS": wide, "num_warps": 4}
-    if NEWER and (size == 4 or channels == 192):
-        options["maxnreg"] = 255  # left to themselves some spill, on sm_80
+    if NEWER and (size == 4 or channels == 192 or wide == 16 and chip() >= 100):
+        options["maxnreg"] = 255  # left to themselves some spill, on sm_80 or sm_120
     return options
 
 
@@ -289,8 +289,8 @@ def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
         "COLUMNS": found, "num_warps": 8 if found == 128 or (exact and found == 64) else 4,
         "num_stages": 2 if size == 2 or (found >= 64 and not exact) else 1,  # in tf32 such blocks spill with one
     }  # fmt: skip
-    if exact and found == 64:
-        options["maxnreg"] = 128  # the compiler would choose 64 on sm_90, and spill
+    if exact and (found == 64 or found == 32 and chip() >= 100):
+        options["maxnreg"] = 128  # the compiler would choose 64 on sm_90, or 96 on sm_120, and spill
     elif size == 4 and found >= 64 and in_tensor_memory():
         options["maxnreg"] = 168  # or 128, and it would spill
     return options
