@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+# bytes a program may have
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # kernels whose loads are single numbers or strided by their nature, and are a small part of all bytes
 NARROW = {"mix_fwd_kernel", "mix_bwd_kernel", "expand_kernel", "unpack_kernel"}

@@ -20,6 +20,11 @@ KNOBS = {"block": 128, "programs": 1024, "merged": 4096}
 NEWER = SINCE_3_7.value
 
 
+def others() -> bool:
+    """Than sm_80 and sm_90, for which shapes were chosen: on these more spill."""
+    return chip() not in (80, 90)
+
+
 def block() -> int:
     return KNOBS["block"]
 
@@ -221,8 +226,7 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
 @timed
 def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     if size == 4 and precision == "ieee":
-        blackwell = chip() >= 100
-        tall, registers = 1 if columns >= 64 or columns == 32 and blackwell else 2, 255 if blackwell else None
+        tall, registers = 1 if columns >= 64 or columns == 32 and others() else 2, 255 if others() else None
         return _rows(16, tall, 16, 8 if columns >= 64 or wide >= 32 else 4, registers, 1)
     if columns > 128:  # wider than the protocols' searches: of larger blocks some do not fit into shared memory
         return _rows(32 if columns <= 512 else 16, 1, 16, 8)
@@ -289,8 +293,8 @@ def pointwise(summed: int, wide: int, precision: str, size: int) -> dict:
         "COLUMNS": found, "num_warps": 8 if found == 128 or (exact and found == 64) else 4,
         "num_stages": 2 if size == 2 or (found >= 64 and not exact) else 1,  # in tf32 such blocks spill with one
     }  # fmt: skip
-    if exact and (found == 64 or found == 32 and chip() >= 100):
-        options["maxnreg"] = 128  # the compiler would choose 64 on sm_90, or 96 on sm_120, and spill
+    if exact and (found == 64 or found == 32 and others()):
+        options["maxnreg"] = 128  # the compiler would choose 64 on sm_90, or 96 on sm_89 and sm_120, and spill
     elif size == 4 and found >= 64 and in_tensor_memory():
         options["maxnreg"] = 168  # or 128, and it would spill
     return options
@@ -303,6 +307,6 @@ def pointwise_weight_gradient(outputs: int, inputs: int, precision: str, size: i
         "BLOCK": 32 if size == 4 else 64, "OUTPUTS": max(16, columns(outputs, most)),
         "INPUTS": max(16, columns(inputs, most)), "num_warps": 4, "num_stages": 2 if size == 2 else 1,
     }  # fmt: skip
-    if size == 4 and not exact:
-        options["maxnreg"] = 255  # 168 are used at most; the compiler would choose 162 for one of them, and spill
+    if size == 4 and not exact or size == 2 and others():
+        options["maxnreg"] = 255  # 208 are used at most; the compiler would choose 162 or 185 for one, and spill
     return options
