@@ -270,7 +270,7 @@ def depthwise(channels: int, size: int) -> dict:
     """Of BLOCK pixels in TALL rows; a thread has 16 bytes of each row."""
     wide = columns(channels)
     options = {"BLOCK": 2048 // (size * wide), "TALL": 4, "COLUMNS": wide, "num_warps": 4}
-    if NEWER and (size == 4 or channels == 192 or wide == 16 and chip() >= 100):
+    if NEWER and (size == 4 or channels == 192 or chip() >= 100):
         options["maxnreg"] = 255  # left to themselves some spill, on sm_80 or sm_120
     return options
 
