@@ -141,8 +141,8 @@ def compiling_for(arch: int, device: int):
 
 
 def specialized(launches, arch: int) -> list[dict]:
-    """What a process needs to compile each configuration, ``data`` being as Triton specializes it. launches: an
-    iterator that finds them, since launchers ask which chip it is."""
+    """What a process needs to compile each configuration, ``data`` being as Triton specializes it. launches: gone
+    through while Triton compiles for that chip, which launchers ask for as they choose block shapes."""
     import triton
 
     found = []

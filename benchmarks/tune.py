@@ -205,9 +205,9 @@ def fastest(found: dict[tuple, list[tuple]]) -> tuple[dict, float]:
     return chosen, gained
 
 
-def written(table: dict, chip: int) -> str:
+def written(table: dict, of_chip: int) -> str:
     """The source of timed.py with the table."""
-    head = re.sub(r"CHIP = \d+", f"CHIP = {chip}", Path(timed.__file__).read_text().partition("TIMED = ")[0])
+    head = re.sub(r"CHIP = \d+", f"CHIP = {of_chip}", Path(timed.__file__).read_text().partition("TIMED = ")[0])
     lines = [f"    {rule!r}: {options!r},  # fmt: skip" for rule, options in sorted(table.items(), key=repr)]
     return head + "\n".join(["TIMED = {", *lines, "}"]) + "\n"
 

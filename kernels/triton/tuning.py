@@ -25,6 +25,10 @@ def others() -> bool:
     return chip() not in (80, 90)
 
 
+def on_blackwell() -> bool:
+    return chip() >= 100
+
+
 def block() -> int:
     return KNOBS["block"]
 
@@ -166,7 +170,7 @@ def in_pairs(width: int) -> bool:
 @in_registers
 def rows_forward(wide: int, columns: int, width: int, precision: str, size: int) -> dict:
     """wide: channels of a slice, columns: of all edges of a job; powers of two. width: of the map."""
-    blackwell = chip() >= 100
+    blackwell = on_blackwell()
     if size == 4 and precision == "ieee":
         tall, registers = (2, None) if wide < columns <= max(16, 2 * wide) <= 32 and not blackwell else (1, 255)
         return _rows(32, tall, 16, 4 if columns < 128 else 8, registers, 1)
@@ -197,7 +201,7 @@ def rows_forward(wide: int, columns: int, width: int, precision: str, size: int)
 @in_registers
 def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precision: str, size: int) -> dict:
     """summed: channels that a product sums over, of all edges of a segment. width: of the map."""
-    columns, blackwell = {"COLUMNS": min(wide, 64)}, chip() >= 100
+    columns, blackwell = {"COLUMNS": min(wide, 64)}, on_blackwell()
     if size == 4 and precision == "ieee":
         if wide == summed == 32:
             return columns | _rows(32, 2, 16, 4, stages=1)
@@ -270,7 +274,7 @@ def depthwise(channels: int, size: int) -> dict:
     """Of BLOCK pixels in TALL rows; a thread has 16 bytes of each row."""
     wide = columns(channels)
     options = {"BLOCK": 2048 // (size * wide), "TALL": 4, "COLUMNS": wide, "num_warps": 4}
-    if NEWER and (size == 4 or channels == 192 or chip() >= 100):
+    if NEWER and (size == 4 or channels == 192 or on_blackwell()):
         options["maxnreg"] = 255  # left to themselves some spill, on sm_80 or sm_120
     return options
 
