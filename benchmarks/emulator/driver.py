@@ -1,0 +1,111 @@
+"""Triton's driver of the machine: kernels are compiled for a GPU that is not there, and launched on the CPU."""
+
+import ctypes
+import itertools
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from fpdarts.kernels import triton as back_end
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+
+from benchmarks.aot import SHARED_LIMIT, Absent
+from benchmarks.emulator.program import Program
+
+TOLD = 2000  # characters
+_numbers = itertools.count(1000)  # by which Triton keeps apart what was compiled for devices
+
+
+def build(folder: str) -> ctypes.CDLL:
+    """Raises subprocess.CalledProcessError, or FileNotFoundError where there is no C++ compiler."""
+    library = Path(folder) / "machine.so"
+    options = ["-std=c++20", "-O2", "-march=native", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC"]
+    source = Path(__file__).with_name("machine.cpp")
+    subprocess.run(["c++", *options, "-o", str(library), str(source), "-lpthread"], check=True)
+    machine = ctypes.CDLL(str(library))
+    machine.machine_kernel.restype = ctypes.c_void_p
+    return machine
+
+
+class Emulated(Absent):
+    """The GPU. faults: what kernels did wrong, in words. bounded: whether accesses have to be in a kernel's tensors."""
+
+    def __init__(self, arch: int, machine: ctypes.CDLL):
+        super().__init__(arch, next(_numbers))
+        self.machine, self.utils = machine, self
+        self.programs: dict[bytes, Program] = {}
+        self.launches: Counter[str] = Counter()
+        self.instructions, self.faults, self.bounded, self.seed = 0, [], True, 0
+
+    # what Triton calls
+
+    def launcher_cls(self, source, metadata):
+        kinds = list(source.signature.values())
+
+        def launch(x, y, z, stream, function, packed, told, enter, leave, *arguments):
+            self.run(*function, (x, y, z), kinds, arguments)
+
+        return launch
+
+    def load_binary(self, name, kernel, shared, device):
+        if kernel not in self.programs:
+            self.programs[kernel] = Program(self.machine, kernel.decode())
+        return None, (self.programs[kernel], shared), 0, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": SHARED_LIMIT[self.arch], "multiprocessor_count": 132, "warpSize": 32}
+
+    def run(self, program: Program, shared: int, grid, kinds, arguments):
+        values, memory = [], []
+        for kind, argument in zip(kinds, arguments, strict=True):
+            if kind.startswith("*"):
+                storage = argument.untyped_storage()
+                memory += [storage.data_ptr(), storage.data_ptr() + storage.nbytes()]
+                values.append(argument.data_ptr())
+            elif kind == "fp32":
+                values.append(struct.unpack("<I", struct.pack("<f", argument))[0])
+            elif kind != "constexpr":
+                values.append(int(argument) % 2**64)
+        memory = memory if self.bounded else []
+        values += [0] * (len(program.parameters) - len(values))  # memory for profilers
+        count, told, instructions = len(values), ctypes.create_string_buffer(TOLD), ctypes.c_uint64()
+        faults = self.machine.machine_run(
+            program.handle, (ctypes.c_uint32 * 3)(*grid), program.warps, shared, (ctypes.c_int * 7)(*program.special),
+            (ctypes.c_uint64 * count)(*values), (ctypes.c_int * count)(*program.at),
+            (ctypes.c_int * count)(*program.parameters), count, (ctypes.c_uint64 * len(memory))(*memory),
+            len(memory) // 2, torch.get_num_threads(), self.seed, told, ctypes.byref(instructions),
+        )  # fmt: skip
+        self.seed += 1  # other blocks and warps come first
+        self.launches[program.name] += 1
+        self.instructions += instructions.value
+        if faults:
+            self.faults.append(f"{program.name}: {told.value.decode()}")
+
+
+@contextmanager
+def emulating(arch: int):
+    """Within, Triton's kernels run on CPU tensors as they are compiled for that chip. Yields the Emulated.
+
+    Replaces two methods of Triton, without its assembler, whose work is not run: its cache is another one meanwhile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        emulated = Emulated(arch, build(folder))
+    cache = f"{triton.knobs.cache.dir}-emulated"
+    with (
+        triton.knobs.cache.scope(),
+        patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode()),
+        patch.object(back_end, "unavailable", lambda device: None),
+    ):
+        triton.knobs.cache.dir = cache
+        driver.set_active(emulated)
+        try:
+            yield emulated
+        finally:
+            driver.set_active(None)  # it looks again when it is asked

@@ -1,0 +1,101 @@
+"""Compiled kernels without a GPU, and that the machine which runs them tells what is wrong with one."""
+
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks.emulate import emulate
+from benchmarks.emulator.driver import emulating
+from benchmarks.emulator.program import Program, UnknownInstruction
+from fpdarts.check_cases import SHAPES
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler (c++)")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
+def test_compiled_kernels_are_right(dtype):
+    """Of shared memory filled ahead, of both kinds of matrix instructions, and of sums of many blocks."""
+    found = emulate(90, dtype, "stage sep_conv_3x3, stride [12]$", shapes=SHAPES[1:2])
+    assert found["passed"], found
+    assert {row["operation"] for row in found["rows"]} == {f"stage sep_conv_3x3, stride {stride}" for stride in (1, 2)}
+    assert found["programs"] > 5 and found["instructions"] > 10_000
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with emulating(90) as emulated:
+        yield emulated
+
+
+THREADS = 64
+COPY = "cp.async.ca.shared.global [ %r2 + 0 ], [ %rd3 + 0 ], 0x4, 0x4;\ncp.async.commit_group ;"
+STORE = "ld.global.b32 { %r4 }, [ %rd3 + 0 ];\nst.shared.b32 [%r2], %r4;"
+BARRIER, WAIT, LOAD = "bar.sync 0;", "cp.async.wait_group 0;", "ld.shared.b32 %r5, [%r3];"
+
+
+def kernel(*body, other_warp=True, offset=0):
+    """Each thread brings a number of x to shared memory, and stores what another brought."""
+    return f"""
+.visible .entry exchange(
+	.param .u64 .ptr .global .align 1 exchange_param_0,
+	.param .u64 .ptr .global .align 1 exchange_param_1
+)
+.reqntid {THREADS}
+{{
+	.reg .b32 %r<8>;
+	.reg .b64 %rd<8>;
+	ld.param.b64 %rd1, [exchange_param_0];
+	ld.param.b64 %rd2, [exchange_param_1];
+	mov.u32 %r1, %tid.x; // 0 to 63
+	shl.b32 %r2, %r1, 2;
+	xor.b32 %r3, %r2, {4 * THREADS // 2 if other_warp else 0};
+	mad.wide.u32 %rd3, %r1, 4, %rd1;
+	add.s64 %rd3, %rd3, {offset};
+	mad.wide.u32 %rd4, %r1, 4, %rd2;
+	{" ".join(body)}
+	st.global.b32 [%rd4], %r5;
+	ret;
+}}
+"""
+
+
+def run(gpu, ptx):
+    """(what was stored, faults)"""
+    x, out = torch.arange(THREADS, dtype=torch.float32), torch.full((THREADS,), -1.0)
+    gpu.faults.clear()
+    gpu.run(Program(gpu.machine, ptx), 4 * THREADS, (1, 1, 1), ("*fp32", "*fp32"), (x, out))
+    return out, "".join(gpu.faults)
+
+
+@pytest.mark.parametrize("body", [(STORE, BARRIER, LOAD), (COPY, WAIT, BARRIER, LOAD)], ids=["stored", "copied"])
+def test_what_is_right_passes(gpu, body):
+    out, faults = run(gpu, kernel(*body))
+    assert not faults and torch.equal(out, torch.arange(THREADS).roll(THREADS // 2).float())
+
+
+@pytest.mark.parametrize(
+    "body, other_warp, offset, told",
+    [
+        ((STORE, LOAD), True, 0, "race|read before it is written"),
+        ((COPY, WAIT, LOAD), True, 0, "race|read before it is written"),
+        ((COPY, BARRIER, LOAD, WAIT), True, 0, "race|read before it is written"),
+        ((COPY, LOAD, WAIT), False, 0, "read before it is written"),
+        ((COPY, BARRIER, STORE, BARRIER, LOAD), True, 0, "nobody waits for"),
+        ((STORE, BARRIER, LOAD), True, 4, "load outside of the kernel's tensors"),
+        ((STORE, BARRIER, LOAD), True, 2, "misaligned load"),
+        ((STORE, BARRIER, "ld.shared.b32 %r5, [%r3+128];"), True, 0, "outside of shared memory"),
+    ],
+    ids=["no barrier", "copied, no barrier", "waited for too late", "not waited for", "nobody waits", "outside",
+         "misaligned", "outside of shared memory"],
+)  # fmt: skip
+def test_what_is_wrong_is_told(gpu, body, other_warp, offset, told):
+    out, faults = run(gpu, kernel(*body, other_warp=other_warp, offset=offset))
+    assert any(part in faults for part in told.split("|")), faults
+
+
+def test_an_unknown_instruction_is_an_error(gpu):
+    with pytest.raises(UnknownInstruction, match="lg2"):
+        Program(gpu.machine, kernel("lg2.approx.f32 %r5, %r4;"))
