@@ -105,7 +105,7 @@ def show(result: dict) -> str:
         lines += [f"FAULT {fault.strip()}" for fault in ran["faults"]]
         lines.append(
             f"{dtype}, sm_{result['arch']}: {ran['programs']} compiled kernels, {ran['instructions']:,} instructions "
-            f"of warps, {len(ran['faults'])} launches with faults, {'passed' if ran['passed'] else 'FAILED'}"
+            f"of warps, {len(ran['faults'])} faults told, {'passed' if ran['passed'] else 'FAILED'}"
         )
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import re
 import struct
 import subprocess
 import tempfile
@@ -86,7 +87,9 @@ class Emulated(Absent):
         self.launches[program.name] += 1
         self.instructions += instructions.value
         if faults:
-            self.faults.append(f"{program.name}: {told.value.decode()}")
+            self.faults += re.sub(
+                r"line (\d+)", lambda line: program.told(int(line[1])), told.value.decode()
+            ).splitlines()
 
 
 @contextmanager

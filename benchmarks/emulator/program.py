@@ -31,11 +31,11 @@ class Program:
         self.special = [self._registers.get(name, (-1,))[0] for name in SPECIAL]
 
     def _read(self, ptx: str):
-        statements, labels, self._tables = _statements(ptx, self._declared)
+        self.statements, self.sources, self._labels, self._tables = _statements(ptx, self._declared)
         self._emitted, first = [], []
-        for line, statement in enumerate(statements):
+        for line, statement in enumerate(self.statements):
             first.append(len(self._emitted))
-            self._line, self._statement, self._labels = line, statement, labels
+            self._line = line
             self._emit(statement)
         first.append(len(self._emitted))
         for name, arguments in self._emitted:
@@ -46,7 +46,6 @@ class Program:
             self._load(name, **arguments)
         memory = (ctypes.c_uint8 * len(self._memory)).from_buffer(self._memory)
         self.machine.machine_registers(self.handle, memory, ctypes.c_int64(len(memory)))
-        self.statements = statements
 
     def _load(self, name, operands=(), listed=(), immediate=0, size=0, target=0, line=0, predicate=-1, negated=False):
         operands = (ctypes.c_int * 4)(*operands, *[-1] * (4 - len(operands)))
@@ -55,10 +54,13 @@ class Program:
             len(listed), ctypes.c_int64(immediate), size, target, line,
         )  # fmt: skip
         if not known:
-            raise UnknownInstruction(f"{name}, of {self.name}")
+            raise UnknownInstruction(self.told(line))
 
     def _unknown(self):
-        return UnknownInstruction(f"{self._statement}, of {self.name}")
+        return UnknownInstruction(self.told(self._line))
+
+    def told(self, line: int) -> str:
+        return f"{self.statements[line]} ({self.name}, {self.sources[line]})" if line < len(self.statements) else "end"
 
     # registers
 
@@ -83,7 +85,7 @@ class Program:
         self._registers[text] = self._place(SIZES[kind]), SIZES[kind]
         return self._registers[text]
 
-    def _operand(self, text: str, size: int, signed: bool = False) -> int:
+    def _operand(self, text: str, size: int) -> int:
         """Of a register that is wider only the low bits are meant."""
         if text == "_":
             return -1
@@ -270,13 +272,14 @@ class Program:
         self._add(".".join(parts), [self._result(operands[0], size * (1 + wide)), *sources])
 
 
-def _statements(ptx: str, declared: dict) -> tuple[list[str], dict[str, int], dict[str, list[str]]]:
-    """Instructions, the one that follows each label, and tables of labels. declared: is given kinds of registers."""
+def _statements(ptx: str, declared: dict) -> tuple[list[str], list[str], dict[str, int], dict[str, list[str]]]:
+    """Instructions, the lines of source that they are of, the instruction that follows each label, and tables of
+    labels. declared: is given kinds of registers."""
     body = ptx[ptx.index("{", ptx.index(".entry")) + 1 :]
     body = re.split(r"\n\}", body)[0]  # what follows is for debuggers
-    body = re.sub(r"//[^\n]*", "", body)
-    body = re.sub(r"^\s*\.(loc|pragma)[^\n]*", "", body, flags=re.M)
-    found, labels, tables = [], {}, {}
+    body = re.sub(r"^\s*\.loc[^\n/]*//\s*(\S+)[^\n]*", r"\n.loc \1;", body, flags=re.M)
+    body = re.sub(r"//[^\n]*|^\s*\.pragma[^\n]*", "", body, flags=re.M)
+    found, sources, labels, tables, source = [], [], {}, {}, "its source"
     for text in body.split(";"):
         text = text.strip()
         while match := re.match(r"[{}]\s*|(\$?\w+):\s*(?!\s*\.branchtargets)", text):
@@ -285,12 +288,15 @@ def _statements(ptx: str, declared: dict) -> tuple[list[str], dict[str, int], di
             text = text[match.end() :]
         if match := re.fullmatch(r"(\$?\w+):\s*\.branchtargets\s+(.*)", text, re.S):
             tables[match[1]] = _split(match[2])
+        elif text.startswith(".loc"):
+            source = text.split()[1]
         elif text.startswith(".reg"):
             _, kind, names = text.split(None, 2)
             declared |= {re.sub(r"<\d+>", "", name): kind[1:] for name in _split(names)}
         elif text:
             found.append(text)
-    return found, labels, tables
+            sources.append(source)
+    return found, sources, labels, tables
 
 
 def _split(operands: str) -> list[str]:
