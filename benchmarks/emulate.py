@@ -20,7 +20,7 @@ from typing import Literal
 from unittest.mock import patch
 
 import torch
-from fpdarts.kernels.triton.launch import compiling
+from fpdarts.kernels.triton.launch import compiling, interpreted
 
 from benchmarks.emulator.driver import emulating
 from fpdarts import check
@@ -41,8 +41,15 @@ class Options:
 def emulate(arch: int, dtype: str, pattern: str = "", say: Callable[[str], None] = print, shapes=None) -> dict:
     """What check_kernels returns, and faults: in words, programs and instructions (of warps): how many ran.
 
-    shapes: as check_cases.operations takes them. Raises ValueError where no operation has such a name.
+    shapes: as check_cases.operations takes them. Raises ValueError where no operation has such a name, kernels are
+    interpreted, or there is no C++ compiler.
     """
+    if interpreted():
+        raise ValueError("with TRITON_INTERPRET=1 nothing is compiled; unset it")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--operations {pattern!r} is no regular expression: {error}") from None
     checked = {name: cases for name, cases in operations(shapes).items() if re.search(pattern, name)}
     if not checked:
         raise ValueError(f"no operation's name has {pattern!r} in it")

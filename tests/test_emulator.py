@@ -99,3 +99,11 @@ def test_what_is_wrong_is_told(gpu, body, other_warp, offset, told):
 def test_an_unknown_instruction_is_an_error(gpu):
     with pytest.raises(UnknownInstruction, match="lg2"):
         Program(gpu.machine, kernel("lg2.approx.f32 %r5, %r4;"))
+
+
+@pytest.mark.parametrize(
+    "pattern, told", [("(", "no regular expression"), ("no such operation", "no operation's name")]
+)
+def test_operations_that_cannot_be_chosen(pattern, told):
+    with pytest.raises(ValueError, match=told):
+        emulate(90, "float32", pattern)

@@ -25,11 +25,14 @@ _numbers = itertools.count(1000)  # by which Triton keeps apart what was compile
 
 
 def build(folder: str) -> ctypes.CDLL:
-    """Raises subprocess.CalledProcessError, or FileNotFoundError where there is no C++ compiler."""
+    """Raises ValueError where no C++ compiler can."""
     library = Path(folder) / "machine.so"
     options = ["-std=c++20", "-O2", "-march=native", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC"]
     source = Path(__file__).with_name("machine.cpp")
-    subprocess.run(["c++", *options, "-o", str(library), str(source), "-lpthread"], check=True)
+    try:
+        subprocess.run(["c++", *options, "-o", str(library), str(source), "-lpthread"], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"the emulator needs a C++20 compiler, c++: {error}") from None
     machine = ctypes.CDLL(str(library))
     machine.machine_kernel.restype = ctypes.c_void_p
     return machine
