@@ -177,7 +177,7 @@ def _interrupts_kept():
 
     def hook(unraisable):
         if unraisable.exc_type is KeyboardInterrupt:
-            threading.Timer(0.2, _thread.interrupt_main).start()  # now, or while this starts, it would be lost again
+            threading.Timer(0.01, _thread.interrupt_main).start()  # now it would be lost once more
         else:
             before(unraisable)
 

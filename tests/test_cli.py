@@ -409,14 +409,23 @@ def test_streams_may_be_closed(closed):
     assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
 
 
-def test_an_interrupt_in_a_callback_comes_again(monkeypatch, capsys):
+@pytest.fixture
+def interrupts_arrive():
+    """Shells have what they start in the background ignore Ctrl-C, and Python then does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_in_a_callback_comes_again(monkeypatch, capsys, interrupts_arrive):
     class Interrupting:
         def __del__(self):
             raise KeyboardInterrupt
 
     def interrupted(*_):
         Interrupting()
-        time.sleep(5)
+        for _ in range(500):
+            time.sleep(0.01)
         raise AssertionError("the interrupt was lost")
 
     monkeypatch.setattr("fpdarts.cli._run", interrupted)

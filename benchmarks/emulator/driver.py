@@ -13,12 +13,12 @@ from unittest.mock import patch
 
 import torch
 import triton
-from fpdarts.kernels import triton as back_end
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from benchmarks.aot import SHARED_LIMIT, Absent
 from benchmarks.emulator.program import Program
+from fpdarts import kernels
 
 TOLD = 2000  # characters
 _numbers = itertools.count(1000)  # by which Triton keeps apart what was compiled for devices
@@ -99,15 +99,17 @@ class Emulated(Absent):
 def emulating(arch: int):
     """Within, Triton's kernels run on CPU tensors as they are compiled for that chip. Yields the Emulated.
 
-    Replaces two methods of Triton, without its assembler, whose work is not run: its cache is another one meanwhile.
+    Triton's assembler, whose work is not run, is left out: its cache is another one meanwhile.
     """
     with tempfile.TemporaryDirectory() as folder:
         emulated = Emulated(arch, build(folder))
-    cache = f"{triton.knobs.cache.dir}-emulated"
+    against, cache = kernels._reason_against, f"{triton.knobs.cache.dir}-emulated"
     with (
         triton.knobs.cache.scope(),
         patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode()),
-        patch.object(back_end, "unavailable", lambda device: None),
+        patch.object(
+            kernels, "_reason_against", lambda name, device: None if name == "triton" else against(name, device)
+        ),
     ):
         triton.knobs.cache.dir = cache
         driver.set_active(emulated)
