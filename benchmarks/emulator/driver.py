@@ -6,7 +6,6 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -45,7 +44,6 @@ class Emulated(Absent):
         super().__init__(arch, next(_numbers))
         self.machine, self.utils = machine, self
         self.programs: dict[bytes, Program] = {}
-        self.launches: Counter[str] = Counter()
         self.instructions, self.faults, self.bounded, self.seed = 0, [], True, 0
 
     # what Triton calls
@@ -87,7 +85,6 @@ class Emulated(Absent):
             len(memory) // 2, torch.get_num_threads(), self.seed, told, ctypes.byref(instructions),
         )  # fmt: skip
         self.seed += 1  # other blocks and warps come first
-        self.launches[program.name] += 1
         self.instructions += instructions.value
         if faults:
             self.faults += re.sub(
