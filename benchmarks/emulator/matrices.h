@@ -6,7 +6,7 @@
 
 namespace machine {
 
-void require_all(Warp& w, u32 mask) {
+inline void require_all(Warp& w, u32 mask) {
     if (mask != ALL) fault(*w.block, "only some lanes take part");
 }
 

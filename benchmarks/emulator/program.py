@@ -192,19 +192,18 @@ class Program:
         if parts[1] in ("commit_group", "wait_group"):
             return self._add(f"wgmma.{parts[1]}", immediate=_number(operands[0]) if operands else 0)
         kind, columns = parts[-1], int(re.fullmatch(r"m64n(\d+)k\d+", parts[2])[1])
-        signs_and_sides = [_number(text) for text in operands[4:]]
         in_registers = operands[1].startswith("{")
-        sides = signs_and_sides[
-            2:
-        ]  # which matrices are transposed, of bfloat16 only: the left one, unless in registers
-        sides = [0] * (2 - len(sides)) + sides
-        if kind not in ("bf16", "tf32") or parts[3] != "f32" or signs_and_sides[:2] != [1, 1]:
+        *signs, left_side, right_side = [_number(text) for text in operands[4:]] + [0] * (8 - len(operands))
+        if in_registers:  # then the left matrix cannot be transposed, and nothing is said of it
+            left_side, right_side = 0, left_side
+        if kind not in ("bf16", "tf32") or parts[3] != "f32" or signs != [1, 1]:
             raise self._unknown()
         listed = [self._operand(register, 4) for register in _group(operands[0])]
         listed += [self._operand(register, 4) for register in _group(operands[1]) if in_registers]
         left = -1 if in_registers else self._operand(operands[1], 8)
         right, added = self._operand(operands[2], 8), self._operand(operands[3], 1)
-        self._add(f"wgmma.{kind}", [right, left, added], listed=listed, size=columns, immediate=sides[0] + 2 * sides[1])
+        sides = left_side + 2 * right_side
+        self._add(f"wgmma.{kind}", [right, left, added], listed=listed, size=columns, immediate=sides)
 
     def _read_ldmatrix(self, parts, operands):
         self._matrices(parts, operands[1], operands[0])
@@ -244,9 +243,8 @@ class Program:
 
     def _read_cvt(self, parts, operands):
         kinds = [part for part in parts[1:] if part != "relu"]
-        sources = [
-            self._operand(text, SIZES[kinds[1]] if kinds[1] != "s8" else SIZES[kinds[0]]) for text in operands[1:]
-        ]
+        size = SIZES[kinds[1] if kinds[1] != "s8" else kinds[0]]  # there are no registers of 8 bits
+        sources = [self._operand(text, size) for text in operands[1:]]
         self._add(".".join(parts), [self._result(operands[0], SIZES[kinds[0]]), *sources])
 
     def _read_setp(self, parts, operands):
