@@ -54,13 +54,17 @@ def emulate(arch: int, dtype: str, pattern: str = "", say: Callable[[str], None]
     if not checked:
         raise ValueError(f"no operation's name has {pattern!r} in it")
     amp = "bf16" if dtype == "bfloat16" else "off"
-    with emulating(arch) as gpu, _precision(dtype), _poisoned_memory():
+    with emulating(arch) as gpu, precision(dtype), poisoned_memory():
         with compiling():
             check.compute_all(checked, Side("triton", torch.device("meta"), torch.float32, amp))
         if "node" in checked:  # its terms are told as distances from the first one
             checked["node"] = [case._replace(compute=_unbounded(gpu, case.compute)) for case in checked["node"]]
         found = check.check_kernels("triton", "cpu", amp, say, checked)
-    ran = {"faults": gpu.faults, "programs": len(gpu.programs), "instructions": gpu.instructions}
+    ran = {
+        "faults": gpu.faults,
+        "programs": len(gpu.programs),
+        "instructions": sum(counts["instructions"] for _, counts in gpu.launches),
+    }
     return found | ran | {"passed": found["passed"] and not gpu.faults}
 
 
@@ -76,7 +80,7 @@ def _unbounded(gpu, compute):
 
 
 @contextmanager
-def _precision(dtype: str):
+def precision(dtype: str):
     """Of the kernels' products, and of the tolerances, which for a CPU do not know tf32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
@@ -88,7 +92,7 @@ def _precision(dtype: str):
 
 
 @contextmanager
-def _poisoned_memory():
+def poisoned_memory():
     """New tensors that nobody filled are full of nan."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

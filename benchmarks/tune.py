@@ -33,7 +33,7 @@ CANDIDATES = {
     "state_bwd_kernel": {"num_warps": (2, 4, 8, 16)},
     "pool_fwd_kernel": {"num_warps": (1, 2, 4)},
     "node_fwd_kernel": {"BLOCK": (16, 32, 64, 128, 256), "num_warps": (1, 2, 4)},
-    "node_reduce_kernel": {"num_warps": (2, 4, 8)},
+    "node_reduce_kernel": {"BLOCK": (64, 128, 256, 512), "num_warps": (2, 4, 8)},
     "normalize_bwd_kernel": {"num_warps": (2, 4, 8)},
 }
 

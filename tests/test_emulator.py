@@ -80,6 +80,29 @@ def test_what_is_right_passes(gpu, body):
     assert not faults and torch.equal(out, torch.arange(THREADS).roll(THREADS // 2).float())
 
 
+@pytest.mark.parametrize("lines, conflicts, change", [
+    (1, 1, ""), (32, 1, "mad.wide.u32 %rd3, %r1, 128, %rd1;"), (1, 8, "mov.u32 %r2, 0; mad.lo.s32 %r2, %r1, 32, %r2;"),
+], ids=["side by side", "a line a thread", "few banks"])  # fmt: skip
+def test_what_is_counted(gpu, lines, conflicts, change):
+    """Of two warps, each a load, a store and what goes through shared memory."""
+    x, out = torch.zeros(32 * THREADS), torch.zeros(THREADS)
+    ptx = kernel(change, STORE, BARRIER, "ld.shared.b32 %r5, [%r2];")
+    gpu.run(Program(gpu.machine, ptx), 32 * THREADS, (1, 1, 1), ("*fp32", "*fp32"), (x, out))
+    name, counts = gpu.launches[-1]
+    assert not gpu.faults and name == "exchange"
+    executed = 14 + change.count(";")
+    assert counts == {"instructions": 2 * executed, "global": 2 * (lines + 1), "shared": 4 * conflicts, "products": 0}
+
+
+def test_an_address_of_one_of_two_parameters(gpu):
+    choice = """
+	setp.lt.u32 %p1, %r1, 32; mov.b64 %rd5, exchange_param_0; mov.b64 %rd6, exchange_param_1;
+	selp.b64 %rd5, %rd5, %rd6, %p1; ld.param.b64 %rd7, [%rd5];
+	mad.wide.u32 %rd7, %r1, 4, %rd7; ld.global.b32 %r5, [%rd7];"""
+    out, faults = run(gpu, kernel(choice).replace(".reg .b32", ".reg .pred %p<2>; .reg .b32"))
+    assert not faults and out.tolist() == [float(i) for i in range(32)] + [-1.0] * 32
+
+
 @pytest.mark.parametrize(
     "body, other_warp, offset, told",
     [

@@ -20,6 +20,7 @@ from benchmarks.emulator.program import Program
 from fpdarts import kernels
 
 TOLD = 2000  # characters
+COUNTS = "instructions", "global", "shared", "products"  # of warps, as in machine.h
 _numbers = itertools.count(1000)  # by which Triton keeps apart what was compiled for devices
 
 
@@ -38,13 +39,14 @@ def build(folder: str) -> ctypes.CDLL:
 
 
 class Emulated(Absent):
-    """The GPU. faults: what kernels did wrong, in words. bounded: whether accesses have to be in a kernel's tensors."""
+    """The GPU. faults: what kernels did wrong, in words. bounded: whether accesses have to be in a kernel's tensors.
+    launches: a kernel's name and its COUNTS, of each launch, in order."""
 
     def __init__(self, arch: int, machine: ctypes.CDLL):
         super().__init__(arch, next(_numbers))
         self.machine, self.utils = machine, self
         self.programs: dict[bytes, Program] = {}
-        self.instructions, self.faults, self.bounded, self.seed = 0, [], True, 0
+        self.launches, self.faults, self.bounded = [], [], True
 
     # what Triton calls
 
@@ -77,15 +79,14 @@ class Emulated(Absent):
                 values.append(int(argument) % 2**64)
         memory = memory if self.bounded else []
         values += [0] * (len(program.parameters) - len(values))  # memory for profilers
-        count, told, instructions = len(values), ctypes.create_string_buffer(TOLD), ctypes.c_uint64()
+        count, told, counts = len(values), ctypes.create_string_buffer(TOLD), (ctypes.c_uint64 * len(COUNTS))()
         faults = self.machine.machine_run(
             program.handle, (ctypes.c_uint32 * 3)(*grid), program.warps, shared, (ctypes.c_int * 7)(*program.special),
             (ctypes.c_uint64 * count)(*values), (ctypes.c_int * count)(*program.at),
             (ctypes.c_int * count)(*program.parameters), count, (ctypes.c_uint64 * len(memory))(*memory),
-            len(memory) // 2, torch.get_num_threads(), self.seed, told, ctypes.byref(instructions),
+            len(memory) // 2, torch.get_num_threads(), len(self.launches), told, counts,
         )  # fmt: skip
-        self.seed += 1  # other blocks and warps come first
-        self.instructions += instructions.value
+        self.launches.append((program.name, dict(zip(COUNTS, counts))))
         if faults:
             self.faults += re.sub(
                 r"line (\d+)", lambda line: program.told(int(line[1])), told.value.decode()

@@ -52,6 +52,7 @@ void register_all() {
         operations["ld.shared." KIND] = move<SIZE, true, false>, operations["st.shared." KIND] = move<SIZE, true, true>
     MOVE(1, "b8"), MOVE(2, "b16"), MOVE(4, "b32"), MOVE(8, "b64");
 #undef MOVE
+    operations["ld.param.b32"] = load_parameter<4>, operations["ld.param.b64"] = load_parameter<8>;
     operations["ldmatrix"] = move_matrices<false, false>, operations["ldmatrix.trans"] = move_matrices<true, false>;
     operations["stmatrix"] = move_matrices<false, true>, operations["stmatrix.trans"] = move_matrices<true, true>;
     operations["cp.async"] = start_copy;
@@ -101,7 +102,7 @@ void run_to_barrier(Warp& w) {
         stopped = i.run == barrier;
         if (count > ENDLESS) fault(*w.block, "no end"), w.ended = true;
     }
-    w.block->launch->instructions += count;
+    w.block->counts.instructions += count;
 }
 
 void run_block(Block& b, std::vector<u8>& registers, const std::vector<u8>& begin, const int* special,
@@ -163,10 +164,10 @@ void machine_registers(void* handle, const u8* registers, s64 size) {
 
 // special: registers of the block's number in x, y, z, the grid's size in x, y, z, and the thread's number, -1: not
 // used. parameters, at, sizes: their values, registers and bytes. memory: pairs of begin and end. told: 2,000
-// characters. Returns the number of faults.
+// characters. counts: as in Counts. Returns the number of faults.
 int machine_run(void* handle, const u32* grid, int warps, int shared, const int* special, const u64* parameters,
                 const int* at, const int* sizes, int count, const u64* memory, int ranges, int threads, int seed,
-                char* told, u64* instructions) {
+                char* told, u64* counts) {
     Launch launch;
     launch.kernel = static_cast<Kernel*>(handle), launch.warps = warps, launch.shared = shared;
     std::copy(grid, grid + 3, launch.grid);
@@ -190,12 +191,15 @@ int machine_run(void* handle, const u32* grid, int warps, int shared, const int*
             b.at[0] = block % grid[0], b.at[1] = block / grid[0] % grid[1], b.at[2] = block / grid[0] / grid[1];
             run_block(b, registers, begin, special, random);
         }
+        std::lock_guard<std::mutex> lock(launch.telling);
+        launch.counts.instructions += b.counts.instructions, launch.counts.products += b.counts.products;
+        launch.counts.global += b.counts.global, launch.counts.shared += b.counts.shared;
     };
     std::vector<std::thread> others;
     for (int t = 1; t < threads; t++) others.emplace_back(work, t);
     work(0);
     for (std::thread& t : others) t.join();
-    *instructions = launch.instructions;
+    std::memcpy(counts, &launch.counts, sizeof launch.counts);
     std::strncpy(told, launch.told.c_str(), 1999);
     return launch.faults;
 }

@@ -51,6 +51,14 @@ struct Range {
     u64 begin, end;
 };
 
+// What takes time on a GPU, summed over warps.
+struct Counts {
+    u64 instructions = 0;
+    u64 global = 0;    // lines of 128 bytes that pass through the first-level cache
+    u64 shared = 0;    // passes through shared memory, of 128 bytes where no two words want one bank
+    u64 products = 0;  // multiply-adds of matrices
+};
+
 struct Launch {
     const Kernel* kernel;
     u32 grid[3];
@@ -59,7 +67,7 @@ struct Launch {
     std::mutex telling;
     std::string told;
     std::atomic<int> faults{0};
-    std::atomic<u64> instructions{0};
+    Counts counts;
 };
 
 // Who last wrote and read a byte of shared memory, between which barriers.
@@ -75,6 +83,7 @@ struct Block {
     std::vector<u8> shared;
     std::vector<Shadow> shadows;
     int barriers = 0;
+    Counts counts;
     const Instruction* now = nullptr;
     Range last{0, 0};  // where memory was accessed last
 };

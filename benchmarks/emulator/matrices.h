@@ -39,6 +39,9 @@ inline void add_up(Warp& w, const Instruction& i, u32 mask) {
 template <bool TRANSPOSED, bool STORE> void move_matrices(Warp& w, const Instruction& i, u32 mask) {
     require_all(w, mask);
     const u32* addresses = w.get<u32>(i.operands[0]);
+    u64 places[LANES];
+    std::copy(addresses, addresses + LANES, places);
+    count_shared(w, places, i.listed == 8 ? ALL : (1u << 4 * i.listed) - 1, 16);
     for (int m = 0; m < i.listed / 2; m++) {
         u16 rows[8][8];
         u32* registers = w.get<u32>(w.list(i)[2 * m]);
@@ -89,6 +92,7 @@ template <int K, class Out, class In> void multiply(const f32* a, const f32* b, 
 template <bool TF32> void product(Warp& w, const Instruction& i, u32 mask) {
     constexpr int K = TF32 ? 8 : 16;
     require_all(w, mask);
+    w.block->counts.products += 16 * 8 * K;
     const int* r = w.list(i);
     f32 a[16 * K], b[K * 8];
     left<TF32>(a, [&](int n, int l) { return w.get<u32>(r[4 + n])[l]; });
@@ -148,6 +152,9 @@ template <bool TF32> void group_product(Warp& w, const Product& p) {
 }
 template <bool TF32> void start_product(Warp& w, const Instruction& i, u32 mask) {
     require_all(w, mask);
+    // of 32 bytes a row and column; four warps read the right matrix together
+    w.block->counts.products += 16 * (TF32 ? 8 : 16) * i.size;
+    w.block->counts.shared += (i.size / 4 + (i.operands[1] >= 0 ? 16 : 0)) / 4;
     Product p{&i, 0, *w.get<u64>(i.operands[0]), {}, *w.get<u8>(i.operands[2]) != 0};
     if (i.operands[1] >= 0)
         p.left = *w.get<u64>(i.operands[1]);

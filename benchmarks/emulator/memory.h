@@ -55,17 +55,53 @@ inline void write_shared(Warp& w, u32 at, int bytes, const void* from) {
     std::memcpy(to, from, bytes);
 }
 
+// Counts what the lanes of a warp access together. A tensor begins with a line, as it would on a GPU.
+inline void count_global(Warp& w, const u64* addresses, u32 mask) {
+    const Block& b = *w.block;
+    u64 lines[LANES], begin = 0;
+    int count = 0;
+    if (mask) {
+        const u64 p = addresses[__builtin_ctz(mask)];
+        for (const Range& range : b.launch->memory)
+            if (p >= range.begin && p < range.end) begin = range.begin;
+    }
+    each(mask, [&](int l) {
+        const u64 line = (addresses[l] - begin) >> 7;
+        for (int k = count; k-- > 0;)
+            if (lines[k] == line) return;
+        lines[count++] = line;
+    });
+    w.block->counts.global += count;
+}
+inline void count_shared(Warp& w, const u64* addresses, u32 mask, int bytes) {
+    const int together = bytes == 16 ? 8 : bytes == 8 ? 16 : LANES, words = bytes < 4 ? 1 : bytes / 4;
+    for (int first = 0; first < LANES; first += together) {
+        u64 wanted[32][LANES];  // words, by banks
+        int counts[32] = {}, most = 0;
+        for (int l = first; l < first + together; l++)
+            for (int k = 0; k < words && (mask >> l & 1); k++) {
+                const u64 word = (addresses[l] >> 2) + k;
+                int& count = counts[word & 31];
+                if (std::find(wanted[word & 31], wanted[word & 31] + count, word) == wanted[word & 31] + count)
+                    wanted[word & 31][count++] = word, most = std::max(most, count);
+            }
+        w.block->counts.shared += most;
+    }
+}
+
 // Of a vector of numbers of SIZE bytes. A list: registers, each with its size.
 template <int SIZE, bool SHARED, bool STORE> void move(Warp& w, const Instruction& i, u32 mask) {
     const int *to = w.list(i), count = i.listed / 2, bytes = SIZE * count;
-    auto address = [&](int l) {
-        return i.immediate + (SHARED ? w.get<u32>(i.operands[0])[l] : w.get<u64>(i.operands[0])[l]);
-    };
+    u64 addresses[LANES];
     each(mask, [&](int l) {
-        const u64 p = address(l);
+        addresses[l] = i.immediate + (SHARED ? w.get<u32>(i.operands[0])[l] : w.get<u64>(i.operands[0])[l]);
+    });
+    SHARED ? count_shared(w, addresses, mask, bytes) : count_global(w, addresses, mask);
+    each(mask, [&](int l) {
+        const u64 p = addresses[l];
         if (SHARED && STORE)  // of lanes that store to one place the last one does, be it a warp's or another's
             for (int k = l + 1; k < LANES; k++)
-                if (mask >> k & 1 && address(k) == p) return;
+                if (mask >> k & 1 && addresses[k] == p) return;
         u8 data[16] = {};
         auto place = [&](int j) { return w.registers + to[2 * j] + l * to[2 * j + 1]; };
         if (STORE)
@@ -86,15 +122,31 @@ template <int SIZE, bool SHARED, bool STORE> void move(Warp& w, const Instructio
     });
 }
 
-inline void start_copy(Warp& w, const Instruction& i, u32 mask) {
+// A list: registers of all parameters, -1: not of this size. Operands: result, the parameter's number.
+template <int SIZE> void load_parameter(Warp& w, const Instruction& i, u32 mask) {
     each(mask, [&](int l) {
-        Copy copy{u32(w.get<u32>(i.operands[0])[l] + i.immediate), i.size, {}};
-        const u64 from = w.get<u64>(i.operands[1])[l] + i.target;
+        const u64 which = w.get<u64>(i.operands[1])[l];
+        const int from = which < u64(i.listed) ? w.list(i)[which] : -1;
+        if (from < 0) return fault(*w.block, "no parameter", which);
+        std::memcpy(w.registers + i.operands[0] + l * SIZE, w.registers + from + l * SIZE, SIZE);
+    });
+}
+
+inline void start_copy(Warp& w, const Instruction& i, u32 mask) {
+    u64 from[LANES], to[LANES];
+    u32 read = 0;
+    each(mask, [&](int l) {
+        from[l] = w.get<u64>(i.operands[1])[l] + i.target, to[l] = w.get<u32>(i.operands[0])[l] + i.immediate;
+        read |= u32(w.get<u32>(i.operands[2])[l] > 0) << l;
+    });
+    count_global(w, from, read), count_shared(w, to, mask, i.size);
+    each(mask, [&](int l) {
+        Copy copy{u32(to[l]), i.size, {}};
         const int bytes = std::min<int>(w.get<u32>(i.operands[2])[l], i.size);  // the rest is 0
         if (!in_shared(w, copy.to, i.size, "copy")) return;
         if (bytes) {
-            if (!accessible(w, from, i.size, "copy")) return;
-            std::memcpy(copy.data, reinterpret_cast<void*>(from), bytes);
+            if (!accessible(w, from[l], i.size, "copy")) return;
+            std::memcpy(copy.data, reinterpret_cast<void*>(from[l]), bytes);
         }
         look(w, copy.to, i.size, true);
         for (int b = 0; b < i.size; b++) {  // until it is there

@@ -147,6 +147,7 @@ inline void arithmetic() {
     two<u32, f32, f32>("cvt.relu.bf16x2.f32",
                        [](f32 a, f32 b) { return u32(rounded(relu(a))) << 16 | rounded(relu(b)); });
     three<u32, u32, u32, u32>("bfe.u32", [](u32 a, u32 at, u32 len) { return field(a, at, len); });
+    three<u64, u64, u32, u32>("bfe.u64", [](u64 a, u32 at, u32 len) { return field(a, at, len); });
     three<s32, s32, u32, u32>("bfe.s32", [](s32 a, u32 at, u32 len) { return field(a, at, len); });
     three<s64, s64, u32, u32>("bfe.s64", [](s64 a, u32 at, u32 len) { return field(a, at, len); });
     three<u32, u32, u32, u32>("prmt.b32", [](u32 a, u32 b, u32 s) { return permuted(a, b, s); });

@@ -7,6 +7,7 @@ SIZES = {"pred": 1, "s8": 2, "u8": 2, "bf16": 2, "bf16x2": 4, "s16x2": 4}  # of 
 SIZES |= {f"{letter}{bits}": bits // 8 for letter in "bsuf" for bits in (8, 16, 32, 64)}
 SPECIAL = ("%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%tid.x")
 LANES = 32
+PARAMETER = re.compile(r"_param_(\d+)")
 # modifiers by which nothing changes here: the machine rounds to the nearest, and is exact where approximate is allowed
 PLAIN = {"rn", "ftz", "approx", "full", "uni", "sync", "aligned", "cta", "gpu", "acq_rel", "global", "cg", "volatile"}
 
@@ -150,14 +151,24 @@ class Program:
         self._access(parts, operands[1], _group(operands[0]))
 
     def _parameter(self, kind, to, address):
-        number = int(re.search(r"_param_(\d+)", address)[1])
-        if self.at[number] < 0:
-            self.at[number] = self._place(self.parameters[number])
         at, size = self._register(to, SIZES[kind])
+        named = PARAMETER.search(address)
+        if not named:  # one of several
+            which, offset = self._address(address, 8)
+            if offset or size != SIZES[kind]:
+                raise self._unknown()
+            listed = [self._place_of(i) if held == size else -1 for i, held in enumerate(self.parameters)]
+            return self._add(f"ld.param.b{8 * size}", [at, which], listed=listed)
+        number = int(named[1])
         if size == SIZES[kind] == self.parameters[number]:
-            self._add(f"mov.b{8 * size}", [at, self.at[number]])
+            self._add(f"mov.b{8 * size}", [at, self._place_of(number)])
         else:
-            self._add(f"cvt.{kind[0]}{8 * size}.{kind}", [at, self.at[number]])
+            self._add(f"cvt.{kind[0]}{8 * size}.{kind}", [at, self._place_of(number)])
+
+    def _place_of(self, parameter: int) -> int:
+        if self.at[parameter] < 0:
+            self.at[parameter] = self._place(self.parameters[parameter])
+        return self.at[parameter]
 
     def _read_st(self, parts, operands):
         self._access(parts, operands[0], _group(operands[1]))
@@ -309,6 +320,8 @@ def _group(operands: str) -> list[str]:
 def _number(text: str) -> int:
     if text == "global_smem":  # shared memory begins at 0
         return 0
+    if named := PARAMETER.search(text):  # an address, of which nothing is asked but whose it is
+        return int(named[1])
     text = text.rstrip("U")
     if re.fullmatch(r"0[fd][0-9A-Fa-f]+", text):
         return int(text[2:], 16)

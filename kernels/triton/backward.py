@@ -7,7 +7,7 @@ from . import tuning
 from .convolution import convolve_dgrad, convolve_wgrad
 from .forward import Forward
 from .launch import launch, padded, pieces
-from .mixture import mix_bwd_kernel, node_reduce_kernel, normalize_bwd_kernel, state_bwd_kernel
+from .mixture import TOGETHER, mix_bwd_kernel, node_reduce_kernel, normalize_bwd_kernel, state_bwd_kernel
 from .packing import collect, unpack
 from .rows import rows_dgrad
 from .rows_wgrad import rows_wgrad
@@ -28,16 +28,18 @@ class Backward:
         self.parts = min(tuning.tiles(p.m), 64)
         # of nodes; of second stages; of input states, in tiles of half the size
         between = len(p.between(range(p.nodes + 1)))
-        shares = max(p.node_jobs * self.parts, 2 * between * p.shares, 2 * 2 * p.k * 2 * tuning.tiles(p.m_in))
+        nodes = p.reduced_together * (1 + TOGETHER.value) * self.parts
+        shares = max(nodes, 2 * between * p.shares, 2 * 2 * p.k * 2 * tuning.tiles(p.m_in))
         self.partial = torch.empty(shares * p.c, device=device)
 
     def reduce(self, node: int, with_through: bool):
         """Sums over a node's gradient: all that its normalizations' backward, d_alpha and d_beta need."""
         p, work = self.p, self.work
-        table, entries = p.jobs(("reduce", with_through), node, lambda: p.reduce_entries(node, with_through))
+        table, _, groups, entries = p.jobs(("reduce", with_through), node, lambda: p.reduce_entries(node, with_through))
         tensors = {
             "d_ptr": self.nodes, "work_ptr": work.space, **work.normalizing, "coefficients_ptr": work.coefficients,
-            "partial_ptr": self.partial, "sums_ptr": self.sums, "counters_ptr": work.counters, "entries_ptr": entries,
+            "partial_ptr": self.partial, "sums_ptr": self.sums, "counters_ptr": work.counters, "groups_ptr": groups,
+            "entries_ptr": entries,
         }  # fmt: skip
         moved = work.moved(lambda: p.m * p.c * (work.count_terms(node, with_through) + p.k))
         options = work.block | tuning.reducing(padded(p.c), work.bytes)

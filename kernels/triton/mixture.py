@@ -210,37 +210,62 @@ def node_fwd_kernel(
             _store_shuffled(total, rows, channel, state_ptr, out_ptr, M, SLICE, K, C, OUT_ROW)
 
 
+TOGETHER = tl.constexpr(3)  # terms that a program of node_reduce_kernel multiplies with what it has loaded
+
+
+@triton.jit
+def _folded(values):
+    """The upper half of the rows added to the lower one: so a thread adds up rows of its own."""
+    return tl.sum(tl.reshape(values, [2, values.shape[0] // 2, values.shape[1]]), 0)
+
+
 @kernel
 def node_reduce_kernel(
-    d_ptr, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, partial_ptr, sums_ptr, counters_ptr, entries_ptr, M,
-    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    d_ptr, work_ptr, mean_ptr, inverse_ptr, coefficients_ptr, partial_ptr, sums_ptr, counters_ptr, groups_ptr,
+    entries_ptr, M, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (parts of the rows, entries). An entry: offset of a node gradient's slice, term offset (-1: 1 in its place),
-    statistics row, coefficient (0: nothing is read and the sum is 0), row of sums. sums[row] = sum d * term.
+    """Grid (parts of the rows, groups). A group: offset of a node gradient's slice, row of the sum over it (-1: none).
+    It has TOGETHER entries: term offset, statistics row, coefficient (0: nothing is read and the sum is 0), row of
+    sums (-1: there is no entry). sums[row] = sum d * normalized term.
     """
-    part, parts, entries_ptr = tl.program_id(0), tl.num_programs(0), entries_ptr + tl.program_id(1) * 5
-    d_ptr += tl.multiple_of(tl.load(entries_ptr), 8)
-    term = tl.load(entries_ptr + 1)
-    row = tl.load(entries_ptr + 2).to(tl.int32)
-    coefficient = tl.load(coefficients_ptr + tl.load(entries_ptr + 3))
+    part, parts, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    d_ptr += tl.multiple_of(tl.load(groups_ptr + group * 2), 8)
+    alone = tl.load(groups_ptr + group * 2 + 1)
     c = tl.arange(0, P)
-    total = tl.zeros([BLOCK, P], tl.float32)
-    if coefficient != 0:
-        mean = tl.load(mean_ptr + row * C + c, mask=c < C, other=0.0)
-        inverse = tl.load(inverse_ptr + row * C + c, mask=c < C, other=0.0)
-        work_ptr += tl.multiple_of(tl.maximum(term, 0), 8)
-        for tile in tl.range(part, tl.cdiv(M, BLOCK), parts, num_stages=STAGES):
-            rows = tile * BLOCK + tl.arange(0, BLOCK)
-            mask = (rows < M)[:, None] & (c < C)[None, :]
-            where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
-            d = tl.load(d_ptr + where, mask=mask, other=0.0).to(tl.float32)
-            value = tl.load(work_ptr + where, mask=both(mask, term >= 0), other=0.0)
-            normalized = (value.to(tl.float32) - mean[None, :]) * inverse[None, :]
-            total += d * tl.where(term >= 0, normalized, 1.0)
-    partial_ptr += tl.program_id(1) * parts * C
-    tl.store(partial_ptr + part * C + c, tl.sum(total, 0), mask=c < C)
-    if finishes_last(counters_ptr + tl.program_id(1), parts):
-        add_up(partial_ptr, sums_ptr + tl.load(entries_ptr + 4) * C, c, c < C, parts, C, 32)
+    terms, rows, opened, needed, totals = (), (), (), alone >= 0, (tl.zeros([BLOCK // 2, P], tl.float32),)
+    for e in tl.static_range(TOGETHER):
+        entry = entries_ptr + (group * TOGETHER + e) * 4
+        is_open = (tl.load(coefficients_ptr + tl.load(entry + 2)) != 0) & (tl.load(entry + 3) >= 0)
+        terms = terms + (work_ptr + tl.multiple_of(tl.load(entry), 8),)
+        rows = rows + (tl.load(entry + 1).to(tl.int32) * C,)
+        opened, needed = opened + (is_open,), needed | is_open
+        totals = totals + (tl.zeros([BLOCK // 2, P], tl.float32),)
+    if needed:
+        means = ()
+        for e in tl.static_range(TOGETHER):
+            means = means + (tl.load(mean_ptr + rows[e] + c, mask=both(c < C, opened[e]), other=0.0)[None, :],)
+        for tile in range(part, tl.cdiv(M, BLOCK), parts):
+            i = tile * BLOCK + tl.arange(0, BLOCK)
+            mask = (i < M)[:, None] & (c < C)[None, :]
+            where = (i.to(tl.int64) * C)[:, None] + c[None, :]
+            d, values = tl.load(d_ptr + where, mask=mask, other=0.0), ()
+            for e in tl.static_range(TOGETHER):
+                values = values + (tl.load(terms[e] + where, mask=both(mask, opened[e]), other=0.0),)
+            d = d.to(tl.float32)
+            added = (totals[0] + _folded(d),)
+            for e in tl.static_range(TOGETHER):
+                added = added + (totals[1 + e] + _folded(d * (values[e].to(tl.float32) - means[e])),)
+            totals = added
+    partial_ptr += (group * (1 + TOGETHER)) * parts * C
+    tl.store(partial_ptr + part * C + c, tl.sum(totals[0], 0), mask=c < C)
+    for e in tl.static_range(TOGETHER):
+        inverse = tl.load(inverse_ptr + rows[e] + c, mask=both(c < C, opened[e]), other=0.0)
+        tl.store(partial_ptr + ((1 + e) * parts + part) * C + c, tl.sum(totals[1 + e], 0) * inverse, mask=c < C)
+    if finishes_last(counters_ptr + group, parts):
+        for e in tl.static_range(1 + TOGETHER):
+            row = alone if e == 0 else tl.load(entries_ptr + (group * TOGETHER + e - 1) * 4 + 3)
+            if row >= 0:
+                add_up(partial_ptr + e * parts * C, sums_ptr + row * C, c, c < C, parts, C, 32)
 
 
 @kernel

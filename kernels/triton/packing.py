@@ -107,28 +107,44 @@ def unpack(dense: Tensor, weights: Tensor, out: Tensor, jobs: Tensor, c: int):
     launch(unpack_kernel, (16, len(jobs)), tensors, 0, C=c, P=padded(c), BLOCK=256)
 
 
-@kernel
-def collect_kernel(partial_ptr, out_ptr, jobs_ptr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Sums the parts of gradients, always in the same order. Grid (blocks, jobs): partial offset, elements, parts, out
-    offset, distance of the parts."""
-    jobs_ptr += tl.program_id(1) * 5
-    size, parts = tl.load(jobs_ptr + 1).to(tl.int32), tl.load(jobs_ptr + 2).to(tl.int32)
-    distance = tl.load(jobs_ptr + 4)
-    if tl.program_id(0) * BLOCK < size:
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        partial_ptr += tl.load(jobs_ptr)
+MANY = tl.constexpr(128)  # parts, of which a program takes so many that it waits for memory a few times only
+
+
+@triton.jit
+def _collected(partial_ptr, out_ptr, size, parts, distance, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    start = tl.program_id(0) * BLOCK
+    if start < size:
+        i = start + tl.arange(0, BLOCK)
         total = tl.zeros([PARTS, BLOCK], tl.float32)
-        for start in range(0, parts, PARTS):
-            part = start + tl.arange(0, PARTS)
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
             where = (part * distance)[:, None] + i[None, :]
             total += tl.load(partial_ptr + where, mask=(part < parts)[:, None] & (i < size)[None, :], other=0.0)
-        tl.store(out_ptr + tl.load(jobs_ptr + 3) + i, tl.sum(total, 0), mask=i < size)
+        tl.store(out_ptr + i, tl.sum(total, 0), mask=i < size)
+
+
+@kernel
+def collect_kernel(partial_ptr, out_ptr, jobs_ptr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Sums the parts of gradients, always in the same order. Grid (blocks, jobs): partial offset, elements, parts, out
+    offset, distance of the parts; but for parts all are multiples of ALIGNED. A program takes BLOCK elements and PARTS
+    parts at a time, of MANY parts more at fewer elements."""
+    jobs_ptr += tl.program_id(1) * 5
+    size, parts = tl.load(jobs_ptr + 1).to(tl.int32), tl.load(jobs_ptr + 2).to(tl.int32)
+    size, distance = tl.multiple_of(size, ALIGNED), tl.multiple_of(tl.load(jobs_ptr + 4), ALIGNED)
+    partial_ptr += tl.multiple_of(tl.load(jobs_ptr), ALIGNED)
+    out_ptr += tl.multiple_of(tl.load(jobs_ptr + 3), ALIGNED)
+    if parts < MANY:
+        _collected(partial_ptr, out_ptr, size, parts, distance, BLOCK, PARTS)
+    else:
+        _collected(partial_ptr, out_ptr, size, parts, distance, BLOCK // 8, PARTS * 8)
 
 
 def collect(partial: Tensor, out: Tensor, rows: list[list[int]], jobs: Tensor):
     """rows: as collect_kernel's jobs. out may be partial, each result in its first part's place."""
-    moved = 4 * sum(size * (parts + 1) for _, size, parts, _, _ in rows)
+    moved, block = 4 * sum(size * (parts + 1) for _, size, parts, _, _ in rows), 256
+    blocks = max(pieces(size, block if parts < MANY.value else block // 8) for _, size, parts, _, _ in rows)
+    aligned = all(number % 4 == 0 for at, size, _, to, distance in rows for number in (at, size, to, distance))
     launch(
-        collect_kernel, (pieces(max(row[1] for row in rows), 32), len(rows)),
-        {"partial_ptr": partial, "out_ptr": out, "jobs_ptr": jobs}, moved, BLOCK=32, PARTS=64,
+        collect_kernel, (blocks, len(rows)), {"partial_ptr": partial, "out_ptr": out, "jobs_ptr": jobs}, moved,
+        ALIGNED=4 if aligned else 1, BLOCK=block, PARTS=8,
     )  # fmt: skip

@@ -8,7 +8,14 @@ from ..spec import EPSILON
 from . import tuning
 from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
 from .launch import launch, padded, pieces, require_addressable
-from .mixture import node_fwd_kernel, node_reduce_kernel, normalize_bwd_kernel, normalize_fwd_kernel, state_bwd_kernel
+from .mixture import (
+    TOGETHER,
+    node_fwd_kernel,
+    node_reduce_kernel,
+    normalize_bwd_kernel,
+    normalize_fwd_kernel,
+    state_bwd_kernel,
+)
 from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd
 from .rows import forward_options, rows_dgrad, rows_fwd, rows_shares
@@ -263,16 +270,16 @@ class _Normalize(torch.autograd.Function):
         d = d.contiguous(memory_format=torch.channels_last)
         block = {"C": c, "P": padded(c), "BLOCK": tuning.block()}
         one, opened = torch.ones(1, device=device), torch.ones(1, dtype=torch.int32, device=device)
-        entries = _table([[0, -1, 0, 0, 0], [0, 0, 0, 0, 1]], device)
-        parts = min(tuning.tiles(m), 64)
-        partial, sums = torch.empty(2 * parts * c, device=device), torch.empty(2, c, device=device)
+        together, parts = TOGETHER.value, min(tuning.tiles(m), 64)
+        entries = [[0, 0, 0, 1]] + [[0, 0, 0, -1]] * (together - 1)
+        partial, sums = torch.empty((1 + together) * parts * c, device=device), torch.empty(2, c, device=device)
         tensors = {
             "d_ptr": d, "work_ptr": raw, "mean_ptr": table, "inverse_ptr": scales, "coefficients_ptr": one,
-            "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": torch.zeros(2, dtype=torch.int32, device=device),
-            "entries_ptr": entries,
+            "partial_ptr": partial, "sums_ptr": sums, "counters_ptr": torch.zeros(1, dtype=torch.int32, device=device),
+            "groups_ptr": _table([[0, 0]], device), "entries_ptr": _table(entries, device),
         }  # fmt: skip
         options = block | tuning.reducing(padded(c), raw.element_size())
-        launch(node_reduce_kernel, (parts, 2), tensors, 2 * raw.nbytes, M=m, **options)
+        launch(node_reduce_kernel, (parts, 1), tensors, 2 * raw.nbytes, M=m, **options)
         d_raw = torch.empty_like(raw)
         tensors = {
             "d_ptr": d, "raw_ptr": raw, "out_ptr": d_raw, "mean_ptr": table, "inverse_ptr": scales,

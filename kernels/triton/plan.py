@@ -9,6 +9,7 @@ from . import tuning
 from .convolution import wgrad_parts
 from .launch import dot_options, padded
 from .layout import Layout
+from .mixture import TOGETHER
 from .pools import AVERAGE, BYPASS, MAXIMUM, pool_tiles
 from .rows import data_gradient_options, forward_options, rows_shares
 from .rows_wgrad import rows_wgrad_parts
@@ -181,14 +182,20 @@ class Plan(Layout):
         return found
 
     def reduce_entries(self, node: int, with_through: bool):
-        entries = []
+        """Sums over a node's gradient: (groups, entries)."""
+        groups, entries, together = [], [], TOGETHER.value
         for s, terms in enumerate(self.terms(node)):
-            d = self.node_gradient(node, s)
-            entries.append([d, -1, self.instances, self.one, self.node_sums + node * self.k + s])
-            for place, row, coefficient in terms:
-                if row < self.instances or with_through:
-                    entries.append([d, place, row, coefficient, coefficient])
-        return entries
+            found = [[*term, term[2]] for term in terms if term[1] < self.instances or with_through]
+            for first in range(0, max(len(found), 1), together):
+                alone = -1 if first else self.node_sums + node * self.k + s
+                groups.append([self.node_gradient(node, s), alone])
+                entries += (found[first : first + together] + [[0, 0, 0, -1]] * together)[:together]
+        return groups, entries
+
+    @cached_property
+    def reduced_together(self) -> int:
+        """The most groups of any node's reduction."""
+        return max(len(self.reduce_entries(node, True)[0]) for node in range(self.nodes))
 
     def node_part(self, row: int, path: int, column: int):
         """Of what comes from the node at an edge's end: gradient, coefficient, sums of it and of it times the term."""
@@ -358,7 +365,7 @@ class Plan(Layout):
         return jobs
 
     def collect_jobs(self):
-        """In place: the sum goes where the first part was."""
+        """In place: the sum goes where the first part was. Weights that lie side by side are one job."""
         jobs = []
         for which, sources, parts, distance, start in self.weight_gradients[0]:
             if isinstance(which, str):
@@ -368,8 +375,11 @@ class Plan(Layout):
             for v in self.convolutions:
                 for row in rows:
                     if v.stage == which and self.has_row(v, row):
-                        at = start + self.dense(v, row)
-                        jobs.append([at, self.dense_size(v), parts, at, distance])
+                        at, size = start + self.dense(v, row), self.dense_size(v)
+                        if jobs and [sum(jobs[-1][:2]), *jobs[-1][2::2]] == [at, parts, distance]:
+                            jobs[-1][1] += size
+                        else:
+                            jobs.append([at, size, parts, at, distance])
         return jobs
 
     def contract_jobs(self):

@@ -59,8 +59,9 @@ def node(wide: int, k: int, size: int) -> dict:
 
 @timed
 def reducing(wide: int, size: int) -> dict:
-    """Of sums over a node. In float32 16 channels spill with 4 warps, on sm_90."""
-    return {"num_warps": 8 if size == 4 else 4}
+    """Of sums over a node: a thread has 16 bytes of two rows, if a row has so many."""
+    warps = 4
+    return {"BLOCK": 64 * warps * min(16 // size, wide) // wide, "num_warps": warps}
 
 
 @timed
