@@ -20,7 +20,7 @@ from typing import Literal
 from unittest.mock import patch
 
 import torch
-from fpdarts.kernels.triton.launch import compiling, interpreted
+from fpdarts.kernels.triton.launch import compiling
 
 from benchmarks.emulator.driver import emulating
 from fpdarts import check
@@ -44,8 +44,6 @@ def emulate(arch: int, dtype: str, pattern: str = "", say: Callable[[str], None]
     shapes: as check_cases.operations takes them. Raises ValueError where no operation has such a name, kernels are
     interpreted, or there is no C++ compiler.
     """
-    if interpreted():
-        raise ValueError("with TRITON_INTERPRET=1 nothing is compiled; unset it")
     try:
         re.compile(pattern)
     except re.error as error:

@@ -15,16 +15,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from fpdarts.kernels.triton.launch import compiling, counting
 
 from benchmarks import report
 from benchmarks.emulate import poisoned_memory, precision
-from benchmarks.emulator.driver import COUNTS, emulating
+from benchmarks.emulator.driver import emulating
 from benchmarks.profile import DEFAULTS
 from benchmarks.sides import Side
 from benchmarks.steps import search_config, search_model
 from fpdarts.ahead import take_search_steps, twin
 from fpdarts.architect import frozen
-from fpdarts.kernels.triton.launch import compiling, counting
 from fpdarts.training import autocast
 
 # An H100: multiprocessors, Hz, instructions a clock of each; bytes a second of a large copy were measured.
@@ -79,18 +79,19 @@ def estimate(options: Options) -> dict:
                 torch.autograd.grad(loss, trained[step], materialize_grads=True)
             if gpu.faults:
                 raise RuntimeError(f"a kernel is wrong, see benchmarks.emulate: {gpu.faults[0]}")
-            result[step] = _table(gpu.launches, [launch.moved for launch in counted.all])
+            result[step] = table(gpu.launches, [launch.moved for launch in counted.all])
     return {"arch": options.arch, "dtype": options.dtype, "batch_size": setting.batch_size, **result}
 
 
-def _table(launches, moved) -> dict:
-    table = defaultdict(lambda: defaultdict(float))
+def table(launches, moved) -> dict:
+    """launches: of Emulated. moved: bytes, of each."""
+    rows = defaultdict(lambda: defaultdict(float))
     for (name, counts), size in zip(launches, moved, strict=True):
         counts = {"launches": 1, "bytes": size, **counts}
         for key, value in (counts | estimated(counts)).items():
-            table[name][key] += value
-            table["total"][key] += value
-    return {name: dict(row) for name, row in sorted(table.items(), key=lambda item: -item[1]["seconds"])}
+            rows[name][key] += value
+            rows["total"][key] += value
+    return {name: dict(row) for name, row in sorted(rows.items(), key=lambda item: -item[1]["seconds"])}
 
 
 def show(result: dict, options: Options) -> str:

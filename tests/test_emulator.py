@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fpdarts.kernels.triton.launch import VERSION
 
+from benchmarks import estimate
 from benchmarks.emulate import emulate
 from benchmarks.emulator.driver import emulating
 from benchmarks.emulator.program import Program, UnknownInstruction
@@ -121,6 +122,18 @@ def test_an_address_of_one_of_two_parameters(gpu):
 def test_what_is_wrong_is_told(gpu, body, other_warp, offset, told):
     out, faults = run(gpu, kernel(*body, other_warp=other_warp, offset=offset))
     assert any(part in faults for part in told.split("|")), faults
+
+
+def test_what_is_estimated():
+    """Of two launches of a kernel, one as long as its bytes take, one as its instructions and passes do."""
+    few = {"instructions": 132, "global": 1320, "shared": 1320, "products": 0}
+    many = {name: 1000 * count for name, count in few.items()}
+    table = estimate.table([("a", few), ("a", many), ("b", few)], [2.9e6, 0, 0])
+    one = (1 / 4 + 20) / 1.755e9
+    assert list(table) == ["total", "a", "b"] and table["a"]["launches"] == 2 and table["total"]["bytes"] == 2.9e6
+    assert table["b"]["seconds"] == pytest.approx(one)
+    assert table["a"]["seconds"] == pytest.approx(1e-6 + 1000 * one)
+    assert table["total"]["seconds"] == pytest.approx(1e-6 + 1001 * one)
 
 
 def test_an_unknown_instruction_is_an_error(gpu):

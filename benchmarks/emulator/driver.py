@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from fpdarts.kernels.triton.launch import interpreted
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
@@ -97,8 +98,11 @@ class Emulated(Absent):
 def emulating(arch: int):
     """Within, Triton's kernels run on CPU tensors as they are compiled for that chip. Yields the Emulated.
 
-    Triton's assembler, whose work is not run, is left out: its cache is another one meanwhile.
+    Triton's assembler, whose work is not run, is left out: its cache is another one meanwhile. Raises ValueError where
+    kernels are interpreted, or there is no C++ compiler.
     """
+    if interpreted():
+        raise ValueError("with TRITON_INTERPRET=1 nothing is compiled; unset it")
     with tempfile.TemporaryDirectory() as folder:
         emulated = Emulated(arch, build(folder))
     against, cache = kernels._reason_against, f"{triton.knobs.cache.dir}-emulated"

@@ -74,9 +74,9 @@ _RELU = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, 
 
 
 @triton.jit
-def activate(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr, IN_PAIRS: tl.constexpr = True):
+def activate(x, mean, inverse, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr):
     """ReLU, after normalization where there is one, by blocks of which x is one or that are spread over it."""
-    if IN_PAIRS and not INTERPRETED and not NORMALIZE and x.dtype == tl.bfloat16 and DTYPE == tl.bfloat16:
+    if not INTERPRETED and not NORMALIZE and x.dtype == tl.bfloat16 and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(_RELU, "=r,r", [x], tl.bfloat16, is_pure=True, pack=2)
     x = x.to(tl.float32)
     if NORMALIZE:

@@ -10,20 +10,8 @@ from torch import Tensor
 
 from . import tuning
 from .convolution import activate, open_edges, tap_and_channel
-from .launch import TRITON_DTYPE, both, dot_options, in_tensor_memory, kernel, launch, padded, pieces
+from .launch import TRITON_DTYPE, both, dot_options, kernel, launch, padded, pieces
 from .rows import edge_and_output, first_of, has_pixel, load_row, place_of, renamed, rows_tiles, zero_totals
-
-
-@triton.jit
-def _inputs(v, SWAP: tl.constexpr):
-    """v, of input channels, as an axis of what is loaded: it lies as the product takes it, so that it is copied to
-    shared memory as it comes. Of the sums it is the same axis, where _pixels are their other one."""
-    return v[None, :] if SWAP else v[:, None]
-
-
-@triton.jit
-def _pixels(v, SWAP: tl.constexpr):
-    return v[:, None] if SWAP else v[None, :]
 
 
 @triton.jit
@@ -37,10 +25,8 @@ def _gradients(
     """Of the weights of a chunk of columns of taps, or of the pixels that outputs side by side see."""
     PAD: tl.constexpr = DILATION * (SIDE - 1) // 2
     COLUMNS: tl.constexpr = EDGES * ACROSS * P
-    # The matrix unit's first operand is the one of at least 16 columns, or, if it fills a group of warps, the gradient.
-    # Then inputs are stored to shared memory once more, a row at a time. Where the columns are outputs side by side,
-    # with zeros between them, it is not done: a fifth of the barriers is left (counted, not timed).
-    SWAP: tl.constexpr = COLUMNS >= (128 if ACROSS > 1 else 64) and not in_tensor_memory()
+    # Inputs are the first operand: each warp keeps gradients in registers for all taps. The other way round, groups of
+    # warps would read them from shared memory anew for each, and inputs would be stored there once more.
     seen, ci = tap_and_channel(chunk, P, WIDE)
     dx, fits = seen * DILATION - PAD, (seen < SIDE + ACROSS - 1) & (ci < C)
     e, across, co = edge_and_output(EDGES, ACROSS, P)
@@ -50,9 +36,9 @@ def _gradients(
     kept = (((opened >> e) & 1) != 0) & (co < C)
     mean, inverse = 0.0, 1.0
     if NORMALIZE:
-        mean = _inputs(tl.load(mean_ptr + ci, mask=ci < C, other=0.0), SWAP)
-        inverse = _inputs(tl.load(inverse_ptr + ci, mask=ci < C, other=1.0), SWAP)
-    totals = zero_totals(COLUMNS if SWAP else WIDE, WIDE if SWAP else COLUMNS, SIDE)
+        mean = tl.load(mean_ptr + ci, mask=ci < C, other=0.0)[:, None]
+        inverse = tl.load(inverse_ptr + ci, mask=ci < C, other=1.0)[:, None]
+    totals = zero_totals(WIDE, COLUMNS, SIDE)
     blocks: tl.constexpr = (H + TALL - 1) // TALL
     tiles = tl.where(opened != 0, tl.cdiv(IMAGES * (W // ACROSS), BLOCK) * blocks, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -64,32 +50,29 @@ def _gradients(
         for r in tl.static_range(TALL):
             mask = both(inside, y + r < H)[:, None] & kept[None, :]
             ds = ds + (tl.load(where + r * W * D_ROW, mask=mask, other=0.0).to(DTYPE),)
-        mask = has_pixel(_pixels(x, SWAP) + _inputs(dx, SWAP), W) & _pixels(inside, SWAP) & _inputs(fits, SWAP)
-        pointer = x_ptr + _pixels((place - PAD * W) * X_ROW, SWAP) + _inputs(dx * X_ROW + ci, SWAP)
-        nothing = nothing_ptr + _inputs(ci, SWAP)
+        # inputs lie as the product takes them, so that they are copied to shared memory as they come
+        mask = has_pixel(x[None, :] + dx[:, None], W) & inside[None, :] & fits[:, None]
+        pointer = x_ptr + ((place - PAD * W) * X_ROW)[None, :] + (dx * X_ROW + ci)[:, None]
+        nothing = nothing_ptr + ci[:, None]
         for i in tl.static_range(TALL + DILATION * (SIDE - 1)):
             values = load_row(pointer, nothing, mask, y - PAD, H, W, X_ROW, i, NORMALIZE)
-            values = activate(values, mean, inverse, NORMALIZE, DTYPE, not SWAP)  # else, on sm_80, it would spill
+            values = activate(values, mean, inverse, NORMALIZE, DTYPE)
             changed = ()
             for ky in tl.static_range(SIDE):
                 total = totals[ky]
                 if i >= ky * DILATION and i - ky * DILATION < TALL:
-                    d = ds[i - ky * DILATION]
-                    if SWAP:
-                        total = tl.dot(tl.trans(d), values, total, input_precision=PRECISION)
-                    else:
-                        total = tl.dot(values, d, total, input_precision=PRECISION)
-                        values = renamed(values)
+                    total = tl.dot(values, ds[i - ky * DILATION], total, input_precision=PRECISION)
+                    values = renamed(values)
                 changed = changed + (total,)
             totals = changed
     outputs, inputs = e * (SIDE * SIDE * C * C) + co, (seen * C + ci) * C
     real = (e < edges) & (co < C)
     if ACROSS > 1:
         outputs = outputs + across.to(tl.int64) * DISTANCE - across * (C * C)
-    where = _inputs(inputs, SWAP) + _pixels(outputs, SWAP)
-    mask = _inputs(fits, SWAP) & _pixels(real, SWAP)
+    where = inputs[:, None] + outputs[None, :]
+    mask = fits[:, None] & real[None, :]
     if ACROSS > 1:
-        kx = _inputs(seen, SWAP) - _pixels(across, SWAP)
+        kx = seen[:, None] - across[None, :]
         mask = mask & (kx >= 0) & (kx < SIDE)
     for ky in tl.static_range(SIDE):
         tl.store(partial_ptr + where + ky * SIDE * C * C, totals[ky], mask=mask)

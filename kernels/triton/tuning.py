@@ -137,9 +137,11 @@ def weight_gradient(wide_in: int, wide_out: int, precision: str, size: int) -> d
 
 # --- Of the kernels of rows.py: BLOCK columns of ACROSS pixels and TALL rows of a map, WIDE elements of what is summed
 # at a time. Chosen by what the compiler made of them: instructions and passes through the first-level cache, eight
-# warps that fit, no spills; to be timed. With two stages the rows of the next chunk are copied while one is multiplied,
-# all at a time; with one, as mostly in float32, where two spill, each waits for the one before it. The number of
-# registers is said where the compiler chooses fewer than it needs; for newer ones blocks are smaller as well.
+# warps that fit, no spills; to be timed. Products of 64 rows by 4 warps are on sm_90 those of a group of warps, which
+# reads what it multiplies from shared memory anew for each tap; warps with smaller ones keep it. With two stages the
+# rows of the next chunk are copied while one is multiplied, all at a time; with one, as mostly in float32, where two
+# spill, each waits for the one before it. The number of registers is said where the compiler chooses fewer than it
+# needs; for newer ones blocks are smaller as well.
 
 
 def _rows(
@@ -211,14 +213,16 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
         tall = 1 if in_tensor_memory() else 2
         return columns | (_rows(64, tall, 16, 4, 255, 1) if wide >= 32 else _rows(32, 4, 16, 2, 255, 1))
     most = 255 if blackwell else 208
-    if wide >= 32:
-        return columns | (_rows(64, 4, 16, 4, most) if wide == 32 else _rows(64, 4, 32, 8))
+    if wide >= 64:
+        return columns | _rows(64, 4, 32, 8)
+    if wide == 32:
+        return columns | _rows(16, 8, 16, 1) if summed == 32 else {"COLUMNS": 16} | _rows(32, 8, 32, 2)
     if summed == wide == 8 and in_pairs(width):
-        return columns | _rows(64, 8, 16, 4, most, across=2)
+        return columns | _rows(32, 8, 16, 2, most, across=2)
     if summed <= 8:
         return columns | _rows(8 * wide, 4, 16, 2, 168 if NEWER else None)
     if summed == wide:
-        return columns | _rows(64, 8, 16, 4, most)
+        return columns | _rows(32, 8, 16, 2, most)
     if NEWER:
         if stride == 2 and summed > 16:
             return columns | _rows(32, 4, 32, 2)
@@ -237,21 +241,16 @@ def rows_weight_gradient(wide: int, columns: int, width: int, precision: str, si
         return _rows(32 if columns <= 512 else 16, 1, 16, 8)
     if size == 4:
         return _rows(16, 2, 16, 2) if columns < 64 else _rows(64, 1, 32 if wide >= 32 else 16, 8)
-    if in_pairs(width) and (wide in (8, 16) or columns == wide == 32):
-        if columns > wide:
-            return _rows(16, 8, 32, 8 if columns == 64 else 4, across=2)
-        tall = 16 if wide < 32 and width % (256 // wide) == 0 else 8
-        twice = wide == 16 and not in_tensor_memory()
-        return _rows(16, tall, 64 if twice else 32, 4 if twice or wide == 32 else 2, across=2)
-    if columns > 64:
-        return _rows(64, 4 if wide == 16 else 2, min(32, wide), 8)
-    if columns == 64:
-        return _rows(16, 4, 32, 4)
+    tall = 8 if width <= 8 else 16
+    if columns > wide >= 8:  # a warp has the gradients of 8 to 16 channels, of all rows of a tile
+        if columns == 16:
+            return _rows(16, tall, 32, 2, across=2) if in_pairs(width) else _rows(16, tall, 32, 1)
+        return _rows(16, tall, 32, columns // 16)
     if wide >= 32:
-        return _rows(16, 4, 32, 2)
-    if columns <= 16:
-        return _rows(16, 8, 16 if wide < 8 else 32, 2 if wide == 16 else 1)
-    return _rows(16, 8, 32, 2) if wide == 8 else _rows(32, 4, 16, 2)
+        return _rows(16, 8, 32, max(2, columns // 16))
+    if wide >= 8 and in_pairs(width):
+        return _rows(16, tall if wide == 16 or width % 32 == 0 else 8, 32, 2, across=2)
+    return _rows(16, 8, 16 if wide < 8 else 32, 2 if wide == 16 else 1)
 
 
 # --- Of a derived cell, whose maps have more channels than the search's ---
