@@ -6,11 +6,12 @@ from torch import Tensor
 from . import tuning
 from .convolution import convolve_dgrad, convolve_wgrad
 from .forward import Forward
-from .launch import launch, padded, pieces
-from .mixture import TOGETHER, mix_bwd_kernel, node_reduce_kernel, normalize_bwd_kernel, state_bwd_kernel
+from .launch import launch, padded
+from .mixture import TOGETHER, mix_bwd_kernel, node_reduce_kernel, normalize_bwd_kernel
 from .packing import collect, unpack
-from .rows import rows_dgrad
+from .rows import rows_dgrad, rows_tiles
 from .rows_wgrad import rows_wgrad
+from .states import state_bwd_kernel
 from .statistics import merge_sums
 
 
@@ -26,10 +27,10 @@ class Backward:
         self.dx = torch.empty(p.k * p.slice, dtype=work.dtype, device=device)  # of convolutions that leave a node
         self.sums = torch.empty(p.sums, p.c, device=device)
         self.parts = min(tuning.tiles(p.m), 64)
-        # of nodes; of second stages; of input states, in tiles of half the size
+        # of nodes; of second stages; of input states
         between = len(p.between(range(p.nodes + 1)))
         nodes = p.reduced_together * (1 + TOGETHER.value) * self.parts
-        shares = max(nodes, 2 * between * p.shares, 2 * 2 * p.k * 2 * tuning.tiles(p.m_in))
+        shares = max(nodes, 2 * between * p.shares, 2 * 2 * p.k * self.state_tiles((0, 1))[0])
         self.partial = torch.empty(shares * p.c, device=device)
 
     def reduce(self, node: int, with_through: bool):
@@ -98,12 +99,19 @@ class Backward:
         table = self.p.cached(("merge", name), lambda: jobs)
         merge_sums(self.partial, self.sums, self.work.opened, table, shares, self.p.c)
 
+    def state_tiles(self, group) -> tuple[int, dict]:
+        """Tiles of the gradient of a group's states, and options."""
+        p = self.p
+        stride, size = (p.spec.stride(0), p.inner) if group[0] < 2 else (1, p.outer)
+        options = tuning.state_gradient(padded(p.c), self.work.bytes, stride)
+        return rows_tiles(p.n, size, options), options | {"STRIDE": stride, "H": size[0], "W": size[1]}
+
     def state(self, group, dx):
         """Adds what poolings, the bypass and the cell's output pass back."""
         p, work = self.p, self.work
         jobs, poolings, through, *tables = p.jobs("state", group, lambda: p.state_jobs(group))
         is_node = group[0] >= 2
-        m, size = (p.m, p.outer) if is_node else (p.m_in, p.inner)
+        m = p.m if is_node else p.m_in
         tensors = {
             "d_ptr": self.nodes, "dx_ptr": dx, "d_pooled_ptr": self.raw, "index_ptr": work.index, "d_out_ptr": self.out,
             "state_ptr": work.space, "out_ptr": self.nodes if is_node else dx, "partial_ptr": self.partial,
@@ -111,18 +119,14 @@ class Backward:
             "poolings_ptr": tables[1], "through_ptr": tables[2],
         }  # fmt: skip
 
-        stride = p.spec.stride(group[0]) if group[0] <= p.nodes else 1
-        options = tuning.state_gradient(padded(p.c), work.bytes, stride)
-
         def elements():
             pools = sum(work.open_on_host[pooling[3]] for pooling in poolings)
             return p.c * (3 * m * len(jobs) + p.m * (pools + len(through)))
 
-        tiles = pieces(m, options["BLOCK"])
+        tiles, options = self.state_tiles(group)
         launch(
-            state_bwd_kernel, (tiles, len(jobs)), tensors, work.moved(elements), M=m, H=size[0],
-            W=size[1], OH=p.outer[0], OW=p.outer[1], SLICE=p.slice,
-            D_OUT=(group[0] - 2) * p.k * p.c if is_node else 0, STRIDE=stride, K=p.k, IS_NODE=is_node,
+            state_bwd_kernel, (tiles, len(jobs)), tensors, work.moved(elements), IMAGES=p.n, OH=p.outer[0],
+            OW=p.outer[1], SLICE=p.slice, D_OUT=(group[0] - 2) * p.k * p.c if is_node else 0, K=p.k, IS_NODE=is_node,
             OUT_ROW=p.nodes * p.k * p.c, **(work.block | options),
         )  # fmt: skip
         if not is_node:

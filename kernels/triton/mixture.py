@@ -12,11 +12,9 @@ Node gradients are kept slice by slice, as they were before the shuffle.
 import triton
 import triton.language as tl
 
-from .convolution import position
 from .launch import both, kernel
 from .packing import expand
-from .pools import inverse_count
-from .statistics import add_up, finishes_last, leave_sums
+from .statistics import add_up, finishes_last
 
 
 @kernel
@@ -302,106 +300,6 @@ def normalize_bwd_kernel(
         gradient -= mean_d[None, :] + normalized * mean_dx[None, :]
     out = out_ptr + tl.multiple_of(tl.load(jobs_ptr + 1), 8)
     tl.store(out + where, (gradient * inverse[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _passed_back(
-    total, d_ptr, index_ptr, AVERAGED: tl.constexpr, n, y, x, inside, c, H: tl.constexpr, W: tl.constexpr,
-    OH: tl.constexpr, OW: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """total, with what the outputs of a 3x3 pooling that see (y, x) pass back: a share of an average, or all where the
-    maximum lay here."""
-    where = (((n * OH + y // STRIDE) * OW + x // STRIDE).to(tl.int64) * C)[:, None] + c[None, :]
-    for ky in range(3):
-        # of stride 2 the first tap is one of the next output, where y is odd, and the last one of y's own
-        dy = (2 - ky) // STRIDE + STRIDE - 2
-        oy = y // STRIDE + dy
-        row = inside & (oy >= 0) & (oy < OH)
-        if STRIDE == 2:
-            row = row & ((y + ky) % 2 == 1)
-        for kx in tl.static_range(3):
-            dx = (2 - kx) // STRIDE + STRIDE - 2
-            ox = x // STRIDE + dx
-            fits = row & (ox >= 0) & (ox < OW)
-            if STRIDE == 2:
-                fits = fits & ((x + kx) % 2 == 1)
-            mask, place = fits[:, None] & (c < C)[None, :], where + (dy * OW + dx) * C
-            d = tl.load(d_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            if AVERAGED:
-                total += d * (inverse_count(oy, H, STRIDE) * inverse_count(ox, W, STRIDE))[:, None]
-            else:
-                total += tl.where(tl.load(index_ptr + place, mask=mask, other=255) == ky * 3 + kx, d, 0.0)
-    return total
-
-
-@kernel
-def state_bwd_kernel(
-    d_ptr, dx_ptr, d_pooled_ptr, index_ptr, d_out_ptr, state_ptr, out_ptr, partial_ptr, coefficients_ptr, opened_ptr,
-    jobs_ptr, poolings_ptr, through_ptr, M, H: tl.constexpr, W: tl.constexpr,
-    OH: tl.constexpr, OW: tl.constexpr, SLICE, D_OUT, STRIDE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    IS_NODE: tl.constexpr, OUT_ROW: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a state. Grid (tiles, jobs), a job a slice: dx offset (of the convolutions; -1: none), first
-    pooling, poolings, bypass index offset, first edge, edges, state offset, out offset, slice, row of its sums. Of a
-    pooling: offset of its gradient, index offset, mode, instance. Of an edge: d offset, coefficient of what it lets
-    through.
-
-    A node's gradient has the cell's output added, from d_out (rows of OUT_ROW, from D_OUT on), and is stored slice by
-    slice as before the shuffle. An input state's is stored as it is, with shares of the sums of it and of it * state.
-    """
-    tile, jobs_ptr = tl.program_id(0), jobs_ptr + tl.program_id(1) * 10
-    rows, c = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
-    inside = rows < M
-    mask = inside[:, None] & (c < C)[None, :]
-    n, y, x = position(rows, H, W)
-    where = (rows.to(tl.int64) * C)[:, None] + c[None, :]
-    total = tl.zeros([BLOCK, P], tl.float32)
-    dx = tl.load(jobs_ptr)
-    if dx >= 0:
-        total += tl.load(dx_ptr + tl.multiple_of(dx, 8) + where, mask=mask, other=0.0).to(tl.float32)
-
-    # where a pixel's share of what passes comes from, and of which channels; all are loaded, since a mask that depends
-    # on data would make loads narrow
-    over, chosen = where, mask
-    if STRIDE == 2:
-        over = (((n * OH + y // 2) * OW + x // 2).to(tl.int64) * C)[:, None] + c[None, :]
-        largest = tl.load(index_ptr + tl.multiple_of(tl.load(jobs_ptr + 3), 8) + over, mask=mask, other=0)
-        chosen = largest == ((y % 2) * 2 + x % 2)[:, None]
-    first = tl.load(jobs_ptr + 4).to(tl.int32)
-    for i in range(first, first + tl.load(jobs_ptr + 5).to(tl.int32)):
-        coefficient = tl.load(coefficients_ptr + tl.load(through_ptr + i * 2 + 1))
-        if coefficient != 0:
-            passed_ptr = d_ptr + tl.multiple_of(tl.load(through_ptr + i * 2), 8)
-            passed = tl.load(passed_ptr + over, mask=mask, other=0.0).to(tl.float32)
-            total += tl.where(chosen, coefficient * passed, 0.0)
-
-    first = tl.load(jobs_ptr + 1).to(tl.int32)
-    for i in range(first, first + tl.load(jobs_ptr + 2).to(tl.int32)):
-        pooling = poolings_ptr + i * 4
-        if tl.load(opened_ptr + tl.load(pooling + 3)) != 0:
-            pooled = d_pooled_ptr + tl.multiple_of(tl.load(pooling), 8)
-            index = index_ptr + tl.multiple_of(tl.load(pooling + 1), 8)
-            if tl.load(pooling + 2) == 0:
-                total = _passed_back(total, pooled, index, False, n, y, x, inside, c, H, W, OH, OW, STRIDE, C)
-            else:
-                total = _passed_back(total, pooled, index, True, n, y, x, inside, c, H, W, OH, OW, STRIDE, C)
-
-    out = out_ptr + tl.multiple_of(tl.load(jobs_ptr + 7), 8)
-    if IS_NODE:
-        channel = tl.load(jobs_ptr + 8).to(tl.int32) * C + c
-        place = (rows.to(tl.int64) * OUT_ROW)[:, None] + channel[None, :]
-        total += tl.load(d_out_ptr + D_OUT + place, mask=mask, other=0.0).to(tl.float32)
-        place = (rows.to(tl.int64) * C)[:, None] + ((channel % K) * SLICE + channel // K)[None, :]
-        tl.store(out + place, total.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        stored = tl.where(mask, total, 0.0).to(out_ptr.dtype.element_ty)
-        tl.store(out + where, stored, mask=mask)
-        total = stored.to(tl.float32)
-        state = tl.load(state_ptr + tl.multiple_of(tl.load(jobs_ptr + 6), 8) + where, mask=mask, other=0.0)
-        leave_sums(
-            partial_ptr, tl.sum(total, 0), tl.sum(total * state.to(tl.float32), 0), tl.program_id(1), tl.program_id(0),
-            tl.num_programs(0), c, c < C, C,
-        )  # fmt: skip
 
 
 @kernel

@@ -14,12 +14,12 @@ from .mixture import (
     node_reduce_kernel,
     normalize_bwd_kernel,
     normalize_fwd_kernel,
-    state_bwd_kernel,
 )
 from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd
-from .rows import forward_options, rows_dgrad, rows_fwd, rows_shares
+from .rows import forward_options, rows_dgrad, rows_fwd, rows_shares, rows_tiles
 from .rows_wgrad import rows_wgrad, rows_wgrad_parts
+from .states import state_bwd_kernel
 from .statistics import merge_statistics, moments_kernel
 
 EDGES = 4  # of one job, as in a cell
@@ -205,9 +205,11 @@ class _Pooling(torch.autograd.Function):
         index, opened = ctx.saved_tensors
         n, c, *size = ctx.shape
         d = d.contiguous(memory_format=torch.channels_last)
-        d_x, m = _new(n, c, size, d), n * size[0] * size[1]
+        d_x = _new(n, c, size, d)
         zeros = torch.zeros(1, device=d.device)
-        partial = torch.empty(tuning.tiles(m) * 2 * c, device=d.device)
+        options = tuning.state_gradient(padded(c), d.element_size(), ctx.stride)
+        tiles = rows_tiles(n, size, options)
+        partial = torch.empty(tiles * 2 * c, device=d.device)
         tables = [[[-1, 0, 1, 0, 0, 0, 0, 0, 0, 0]], [[0, 0, ctx.mode, 0]], [[0, 0]]]
         jobs, poolings, through = (_table(rows, d.device) for rows in tables)
         tensors = {
@@ -216,9 +218,9 @@ class _Pooling(torch.autograd.Function):
             "poolings_ptr": poolings, "through_ptr": through,
         }  # fmt: skip
         launch(
-            state_bwd_kernel, (tuning.tiles(m), 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), M=m,
-            H=size[0], W=size[1], OH=d.shape[2], OW=d.shape[3], SLICE=0, D_OUT=0, STRIDE=ctx.stride, K=1, C=c,
-            IS_NODE=False, OUT_ROW=c, P=padded(c), BLOCK=tuning.block(),
+            state_bwd_kernel, (tiles, 1), tensors, (d.numel() + d_x.numel()) * d.element_size(), IMAGES=n, H=size[0],
+            W=size[1], OH=d.shape[2], OW=d.shape[3], SLICE=0, D_OUT=0, STRIDE=ctx.stride, K=1, C=c, IS_NODE=False,
+            OUT_ROW=c, P=padded(c), **options,
         )  # fmt: skip
         return d_x, None, None
 

@@ -79,13 +79,13 @@ def pooling(wide: int, size: int, stride: int) -> dict:
 
 @timed
 def state_gradient(wide: int, size: int, stride: int) -> dict:
-    """Of a state's slices. At stride 2 tiles are half as large: there are the indices of maxima to be held. Where
-    registers are said, the compiler takes 40 to 64 by itself, and spills."""
+    """Of a state's slices: a thread has 16 bytes of TALL rows. At stride 2 taps are gathered one by one. Where registers
+    are said, some compilers take fewer than it needs."""
+    warps = max(1, wide * size // 16)
     if stride == 2:
-        return {"BLOCK": block() // 2, "num_warps": max(4, wide * size // 8), "maxnreg": 128}
-    options = {"BLOCK": block(), "num_warps": 4 if wide <= 16 and size == 2 or wide * size < 32 else 8}
-    registers = 128 if size == 4 or wide >= 32 else 64 if wide == 8 else None
-    return options | ({} if registers is None else {"maxnreg": registers})
+        return {"BLOCK": block() // 2, "TALL": 1, "num_warps": max(4, 2 * warps), "maxnreg": 128}
+    options = {"BLOCK": 32, "TALL": 4, "num_warps": warps}
+    return options | ({"maxnreg": 255} if size == 4 or NEWER else {})
 
 
 @timed
@@ -216,7 +216,8 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
     if wide >= 64:
         return columns | _rows(64, 4, 32, 8)
     if wide == 32:
-        return columns | _rows(16, 8, 16, 1) if summed == 32 else {"COLUMNS": 16} | _rows(32, 8, 32, 2)
+        registers = 255 if NEWER else None
+        return columns | _rows(16, 8, 16, 1) if summed == 32 else {"COLUMNS": 16} | _rows(32, 8, 32, 2, registers)
     if summed == wide == 8 and in_pairs(width):
         return columns | _rows(32, 8, 16, 2, most, across=2)
     if summed <= 8:
