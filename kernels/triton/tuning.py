@@ -84,8 +84,9 @@ def state_gradient(wide: int, size: int, stride: int) -> dict:
     warps = max(1, wide * size // 16)
     if stride == 2:
         return {"BLOCK": block() // 2, "TALL": 1, "num_warps": max(4, 2 * warps), "maxnreg": 128}
-    options = {"BLOCK": 32, "TALL": 4, "num_warps": warps}
-    return options | ({"maxnreg": 255} if size == 4 or NEWER else {})
+    tall = 2 if NEWER and size == 2 and wide >= 16 and chip() >= 90 else 4  # with 4 some spill there
+    options = {"BLOCK": 32, "TALL": tall, "num_warps": warps}
+    return options | ({"maxnreg": 255} if size == 4 else {})
 
 
 @timed
@@ -216,8 +217,8 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
     if wide >= 64:
         return columns | _rows(64, 4, 32, 8)
     if wide == 32:
-        registers = 255 if NEWER else None
-        return columns | _rows(16, 8, 16, 1) if summed == 32 else {"COLUMNS": 16} | _rows(32, 8, 32, 2, registers)
+        tall = 4 if NEWER and stride == 2 else 8
+        return columns | _rows(16, 8, 16, 1) if summed == 32 else {"COLUMNS": 16} | _rows(32, tall, 32, 2)
     if summed == wide == 8 and in_pairs(width):
         return columns | _rows(32, 8, 16, 2, most, across=2)
     if summed <= 8:
