@@ -30,7 +30,7 @@ CANDIDATES = {
     "convolve_fwd_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_dgrad_kernel": {"BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
     "convolve_wgrad_kernel": {"BLOCK": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
-    "state_bwd_kernel": {"num_warps": (2, 4, 8, 16)},
+    "state_bwd_kernel": {"num_warps": (1, 2, 4, 8)},
     "pool_fwd_kernel": {"num_warps": (1, 2, 4)},
     "node_fwd_kernel": {"BLOCK": (16, 32, 64, 128, 256), "num_warps": (1, 2, 4)},
     "node_reduce_kernel": {"BLOCK": (64, 128, 256, 512), "num_warps": (2, 4, 8)},
