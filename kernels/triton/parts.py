@@ -8,13 +8,7 @@ from ..spec import EPSILON
 from . import tuning
 from .convolution import convolve_dgrad, convolve_fwd, convolve_wgrad, wgrad_parts
 from .launch import launch, padded, pieces, require_addressable
-from .mixture import (
-    TOGETHER,
-    node_fwd_kernel,
-    node_reduce_kernel,
-    normalize_bwd_kernel,
-    normalize_fwd_kernel,
-)
+from .mixture import TOGETHER, node_fwd_kernel, node_reduce_kernel, normalize_bwd_kernel, normalize_fwd_kernel
 from .packing import collect, expand_kernel, unpack
 from .pools import AVERAGE, MAXIMUM, pool_fwd
 from .rows import forward_options, rows_dgrad, rows_fwd, rows_shares, rows_tiles

@@ -79,8 +79,8 @@ def pooling(wide: int, size: int, stride: int) -> dict:
 
 @timed
 def state_gradient(wide: int, size: int, stride: int) -> dict:
-    """Of a state's slices: a thread has 16 bytes of TALL rows. At stride 2 taps are gathered one by one. Where registers
-    are said, some compilers take fewer than it needs."""
+    """Of a state's slices: a thread has 16 bytes of TALL rows. At stride 2 taps are gathered one by one. Registers are
+    said where compilers take fewer than it needs."""
     warps = max(1, wide * size // 16)
     if stride == 2:
         return {"BLOCK": block() // 2, "TALL": 1, "num_warps": max(4, 2 * warps), "maxnreg": 128}
