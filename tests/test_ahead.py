@@ -1,5 +1,8 @@
 """Kernels compiled before a run: they are those that its steps launch, and a launch finds them compiled."""
 
+import ast
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from fpdarts.kernels.triton.launch import compiling, counting
+from fpdarts.kernels.triton.launch import compiling, counting, parsing_in_turn
 from triton.runtime import JITFunction, driver
 
 from fpdarts import DerivedNetwork, SuperNet, ahead, kernels
@@ -149,3 +152,20 @@ def test_a_launch_finds_what_was_compiled(monkeypatch, tmp_path):
         with fits, aot.compiling_for(90, 90), compiling():
             launch()
     assert driver._active is None  # the GPU that is there, if there is one, is not left out
+
+
+def test_threads_make_syntax_trees_in_turn(monkeypatch):
+    """Python 3.11 raises SystemError now and then where they do not."""
+    now, most = 0, 0
+
+    def parse(source):
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.005)
+        now -= 1
+
+    monkeypatch.setattr(ast, "parse", parse)
+    with ThreadPoolExecutor(4) as threads, parsing_in_turn():
+        list(threads.map(ast.parse, ["pass"] * 8))
+    assert most == 1 and ast.parse is parse

@@ -1,9 +1,11 @@
 """Launching kernels: counting them, compiling them beforehand, and what all launchers need."""
 
+import ast
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -91,6 +93,23 @@ def is_counting() -> bool:
 
 
 @contextmanager
+def parsing_in_turn():
+    """Within, one thread at a time makes a syntax tree. Python 3.11 has all of them count its depth in one place, and
+    raises SystemError where another thread came between."""
+    parse, lock = ast.parse, Lock()
+
+    def parse_alone(*arguments, **options):
+        with lock:
+            return parse(*arguments, **options)
+
+    ast.parse = parse_alone
+    try:
+        yield
+    finally:
+        ast.parse = parse
+
+
+@contextmanager
 def compiling():
     """Compiles what is launched within, on the meta device, for the GPU at hand: on all cores, and before it is left.
 
@@ -99,7 +118,7 @@ def compiling():
     """
     with counting() as launched:
         yield
-    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+    with ThreadPoolExecutor(os.cpu_count()) as threads, parsing_in_turn(), triton.AsyncCompileMode(threads):
         made = [launch.kernel.warmup(**launch.tensors, **launch.arguments, grid=launch.grid) for launch in launched.all]
     if torch.cuda.is_available():
         limit = max_shared_mem(torch.cuda.current_device())
