@@ -60,8 +60,7 @@ def node(wide: int, k: int, size: int) -> dict:
 @timed
 def reducing(wide: int, size: int) -> dict:
     """Of sums over a node: a thread has 16 bytes of two rows, if a row has so many."""
-    warps = 4
-    return {"BLOCK": 64 * warps * min(16 // size, wide) // wide, "num_warps": warps}
+    return {"BLOCK": 256 * min(16 // size, wide) // wide, "num_warps": 4}
 
 
 @timed
