@@ -57,6 +57,14 @@ def stage(n: int, channels: int, size: tuple[int, int], edges: int, operation: s
     return convolution(written * (OPERATIONS[operation].kernel_size ** 2 + channels), read, written, True, d_weight)
 
 
+def stem(n: int, size: tuple[int, int], channels: int, stride: int = 1, d_weight=True) -> Passes:
+    """A 3x3 convolution of images and its normalization, of which all but the result follows from sums over patches
+    (kernels/csrc/stem.h).
+    """
+    read, written = 3 * n * size[0] * size[1], n * channels * -(-size[0] // stride) * -(-size[1] // stride)
+    return convolution(27 * written, read, written, False, d_weight)
+
+
 def pooling(n: int, channels: int, size: tuple[int, int], stride: int) -> Passes:
     """Backward reads the gradient and, to know the maxima, the input."""
     read = n * channels * size[0] * size[1]
@@ -160,12 +168,15 @@ def supernet(model, n: int, size: tuple[int, int], gates, d_weight=True) -> Pass
     total, sizes = Passes(), []
     for module in model.stem.modules():
         if hasattr(module, "kernel_size"):
-            read = n * module.in_channels * size[0] * size[1]
-            size = tuple(-(-side // module.stride[0]) for side in size)
-            written = n * module.out_channels * size[0] * size[1]
-            macs = written * module.weight[0].numel()
-            total += convolution(macs, read, written, d_weight and module.in_channels != 3, d_weight)
-            total += Passes(Work(), Work(0, 2 * written if d_weight else 0))  # the normalization's
+            before, size = size, tuple(-(-side // module.stride[0]) for side in size)
+            if module.in_channels == 3:
+                total += stem(n, before, module.out_channels, module.stride[0], d_weight)
+            else:
+                read, written = (
+                    n * c * s[0] * s[1] for c, s in ((module.in_channels, before), (module.out_channels, size))
+                )
+                total += convolution(written * module.weight[0].numel(), read, written, d_weight, d_weight)
+                total += Passes(Work(), Work(0, 2 * written if d_weight else 0))  # the normalization's
             sizes.append(size)
     sizes = [sizes[0], sizes[0]] if len(sizes) == 1 else sizes[1:]
     for i, (module, cell_gates) in enumerate(zip(model.cells, gates.tolist())):
@@ -211,7 +222,7 @@ def network(model, n: int, size: tuple[int, int]) -> Passes:
     import torch
     from torch import nn
 
-    from fpdarts.network import Cell
+    from fpdarts.network import Cell, CifarStem
 
     total, handles = Passes(), []
 
@@ -224,13 +235,19 @@ def network(model, n: int, size: tuple[int, int]) -> Passes:
         else:
             total += Passes(Work(0, read + written), Work(0, read + written))
 
+    def add_stem(module, inputs, out):
+        nonlocal total
+        total += stem(n, size, out.shape[1])
+
     def add_cell(module, inputs, out):
         nonlocal total
         total += derived_cell(module.spec, n, [tuple(x.shape[2:]) for x in inputs[:2]])
 
     with torch.device("meta"):
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear, nn.AvgPool2d)):
+            if isinstance(module, CifarStem):
+                handles.append(module.register_forward_hook(add_stem))
+            elif isinstance(module, (nn.Conv2d, nn.Linear, nn.AvgPool2d)):
                 handles.append(module.register_forward_hook(add))  # a cell's own modules are not called
             elif isinstance(module, Cell):
                 handles.append(module.register_forward_hook(add_cell))

@@ -167,6 +167,21 @@ def _normalize(side, seed, shape, given=False):
     return side.run(call, tensors, seed, () if given else None)
 
 
+def _stem(side, seed, shape, given=False):
+    draw, channels = normal_numbers(seed), 3 * shape.channels
+    images = side.state(1 + draw(BATCH, 3, shape.size, shape.size))
+    mean, variance = side.weight(draw(channels)), side.weight(draw(channels).square() + 0.5)
+    tensors = {"weight": side.weight(draw(channels, 3, 3, 3) / 27**0.5)}
+    tensors |= {name: side.weight(draw(channels)) for name in ("scale", "shift")}
+
+    def call(t):
+        statistics = (mean, variance) if given else None
+        results = kernel_backends.stem(images, *t.values(), statistics, kernels=side.kernels)
+        return dict(zip(("out", "mean", "variance"), results))
+
+    return side.run(call, tensors, seed)
+
+
 def _node(side, seed, shape):
     draw, c = normal_numbers(seed), shape.channels // shape.partial
     tensors = {"coefficients": side.weight(draw(shape.partial, TERMS))}
@@ -327,6 +342,8 @@ def operations(
     found["normalize"] = part(_normalize)
     found["normalize, statistics given"] = part(_normalize, given=True)
     found["node"] = part(_node)
+    found["stem"] = part(_stem)
+    found["stem, statistics given"] = part(_stem, given=True)
     for kind in CELLS:
         found[f"cell, {kind}"] = cell([kind], shapes)
     for gates in GATES:

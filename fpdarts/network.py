@@ -131,11 +131,37 @@ class Cell(nn.Module):
         )
 
 
+@torch.no_grad()
+def _track(norms: list[nn.BatchNorm2d], means: list[Tensor], variances: list[Tensor]):
+    """A batch's statistics into those of its normalizations, as these would do it."""
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    new = [value.to(table.dtype) for value, table in zip(means + variances, running)]
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    first = norms[0].momentum
+    if first is not None and all(norm.momentum == first for norm in norms):
+        torch._foreach_lerp_(running, new, first)
+        return
+    for table, value, norm in zip(running, new, 2 * norms):  # None: the mean of all batches so far
+        table.lerp_(value, 1 / norm.num_batches_tracked.to(table.dtype) if norm.momentum is None else norm.momentum)
+
+
 class CifarStem(nn.Sequential):
     """3x3 convolution and batch normalization at full resolution; both input states of the first cell."""
 
     def __init__(self, channels: int):
         super().__init__(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, images: Tensor, kernels: str = "auto") -> Tensor:
+        """Where the back end has no such kernel, or the images want a gradient, PyTorch's modules compute it."""
+        if images.requires_grad or not kernel_backends.offers("stem", kernels, images):
+            return super().forward(images)
+        convolution, norm = self
+        statistics = None if norm.training else (norm.running_mean, norm.running_var)
+        weights = convolution.weight, norm.weight, norm.bias
+        out, *batch = kernel_backends.stem(images, *weights, statistics, kernels=kernels)
+        if norm.training:
+            _track([norm], *([table] for table in batch))
+        return out
 
 
 class ImageNetStem(nn.Module):
@@ -278,9 +304,10 @@ class DerivedNetwork(nn.Module):
             path_scales = self._draw_path_scales(images, 1 - drop_path)
 
         auxiliary_logits, statistics = None, []
-        before = previous = self.stem(images)
         if isinstance(self.stem, ImageNetStem):
-            before, previous = previous
+            before, previous = self.stem(images)
+        else:
+            before = previous = self.stem(images, self.kernels)
         for index, cell in enumerate(self.cells):
             scales = None if path_scales is None else path_scales[index]
             out, batch = cell(before, previous, scales, self.kernels)
@@ -302,15 +329,7 @@ class DerivedNetwork(nn.Module):
                 norms += cell.normalizations()
                 means += batch.mean.unbind()
                 variances += batch.variance.unbind()
-        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        new = [value.to(table.dtype) for value, table in zip(means + variances, running)]
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-        first = norms[0].momentum
-        if first is not None and all(norm.momentum == first for norm in norms):
-            torch._foreach_lerp_(running, new, first)
-            return
-        for table, value, norm in zip(running, new, 2 * norms):  # None: the mean of all batches so far
-            table.lerp_(value, 1 / norm.num_batches_tracked.to(table.dtype) if norm.momentum is None else norm.momentum)
+        _track(norms, means, variances)
 
     def _draw_path_scales(self, images: Tensor, keep: float | Tensor) -> Tensor:
         """0 or 1 / keep for every cell, edge and sample. One draw for all: 160 small ones cost as many launches."""

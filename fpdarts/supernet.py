@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fpdarts import kernels as kernel_backends
 from fpdarts.genotype import Genotype
 from fpdarts.kernels.spec import CellSpec
+from fpdarts.network import CifarStem
 from fpdarts.space import DEFAULT_SUBSETS, reduction_cells, validate_stem, validate_subsets
 
 WEIGHTINGS = ("sigmoid", "softmax")
@@ -44,14 +45,14 @@ class Cell(nn.Module):
 def _stem(kind: str, channels: int) -> nn.ModuleList:
     """Two modules: the first makes input state 0, the second makes input state 1 from it."""
 
-    def convolution(c_in, c_out, stride):
-        return [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)]
+    def convolution(c_in, c_out):
+        return [nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), nn.BatchNorm2d(c_out)]
 
     if kind == "cifar":
-        modules = [nn.Sequential(*convolution(3, channels, 1)), nn.Identity()]
+        modules = [CifarStem(channels), nn.Identity()]
     else:
-        first = nn.Sequential(*convolution(3, channels // 2, 2), nn.ReLU(), *convolution(channels // 2, channels, 2))
-        modules = [first, nn.Sequential(nn.ReLU(), *convolution(channels, channels, 2))]
+        first = nn.Sequential(*convolution(3, channels // 2), nn.ReLU(), *convolution(channels // 2, channels))
+        modules = [first, nn.Sequential(nn.ReLU(), *convolution(channels, channels))]
     # the format of all maps; packed weights have four dimensions too, but are to stay as they are
     return nn.ModuleList(modules).to(memory_format=torch.channels_last)
 
@@ -148,7 +149,9 @@ class SuperNet(nn.Module):
         if tuple(gates.shape) != self.gate_shape:
             raise ValueError(f"gates must have shape {self.gate_shape} (cells, edges, paths), not {tuple(gates.shape)}")
         mixing = {kind: self.mixing_weights(kind) for kind in ("normal", "reduce")}
-        first = self.stem[0](images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        cifar = isinstance(self.stem[0], CifarStem)
+        first = self.stem[0](images, self.kernels) if cifar else self.stem[0](images)
         states = first, self.stem[1](first)
         statistics = []
         for cell, cell_gates in zip(self.cells, gates):

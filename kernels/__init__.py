@@ -4,10 +4,11 @@ A back end is a module of this package with the functions below, in the same sig
 which returns None or the reason why it cannot run there. It may have ``DTYPES``, names of what it computes in (all if
 it is left out), ``GRAPHS``, names of the functions of which a whole step can be captured as a CUDA graph, and the
 contexts ``counting`` and ``compiling``, which count what is launched within on the meta device, and compile it.
-``cell`` is what a search calls, and ``derived_cell`` what retraining calls, which a back end may do without; the other
-functions are parts of ``cell``, public so that each can be tested and timed alone. A faster back end may merge
-neighbouring parts (normalize into the stage that follows, for one); it is then tested against the same composition of
-the reference's parts. Parameters are packed as ``fpdarts.kernels.spec`` says, the same for all. No back end knows
+``cell`` is what a search calls, and ``derived_cell`` what retraining calls, which a back end may do without, as
+``stem``, which networks then leave to PyTorch's modules; the other functions are parts of ``cell``, public so that each
+can be tested and timed alone. A faster back end may merge neighbouring parts (normalize into the stage that follows,
+for one); it is then tested against the same composition of the reference's parts. Parameters are packed as
+``fpdarts.kernels.spec`` says, the same for all. No back end knows
 another.
 """
 
@@ -111,6 +112,18 @@ def capturable(name: str, device: str, function: str = "cell") -> bool:
     return function in getattr(backend(name, device, function), "GRAPHS", ())
 
 
+def _has(module: str, function: str) -> bool:
+    return hasattr(sys.modules[module], function)
+
+
+_has._dynamo_marked_constant = True
+
+
+def offers(function: str, name: str, x: "Tensor") -> bool:
+    """Whether the back end that computes cells with such a tensor has the function too. Raises as ``backend`` does."""
+    return _has(_serving(name, x).__name__, function)
+
+
 def _serving(name: str, x: "Tensor", function: str = "cell") -> ModuleType:
     """The back end that computes with a tensor, in its dtype or that of autocast."""
     import torch  # is there already: x is its tensor
@@ -189,6 +202,35 @@ def node(slices: Sequence[Sequence[tuple]], *, kernels="auto") -> "Tensor":
     if len(shapes) > 1:
         raise ValueError(f"terms of a node must have one shape, not {' and '.join(map(str, sorted(shapes)))}")
     return _serving(kernels, slices[0][0][0]).node(slices)
+
+
+def stem(
+    images: "Tensor",
+    weight: "Tensor",
+    scale: "Tensor",
+    shift: "Tensor",
+    statistics: Optional[tuple] = None,
+    *,
+    kernels="auto",
+) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """3x3 convolution of images with zero padding 1, and batch normalization: what networks for CIFAR begin with.
+
+    images: (N, 3, H, W), to which no gradient flows. weight: (C, 3, 3, 3), as of torch.nn.Conv2d. scale, shift: (C,),
+    as weight and bias of torch.nn.BatchNorm2d. statistics: (mean, variance), each (C,), to normalize by; None takes
+    the batch's own. All of one dtype.
+    Returns (out (N, C, H, W), mean, variance): the batch's own, the variance unbiased, or those given.
+    Raises ValueError for a tensor of another shape, and for a batch of fewer than two values a channel.
+    """
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape (N, 3, H, W), not {tuple(images.shape)}")
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (3, 3, 3):
+        raise ValueError(f"weight must have shape (C, 3, 3, 3), not {tuple(weight.shape)}")
+    for name, table in zip(("scale", "shift", "mean", "variance"), (scale, shift, *(statistics or ()))):
+        if tuple(table.shape) != weight.shape[:1]:
+            raise ValueError(f"{name} must have shape {tuple(weight.shape[:1])}, not {tuple(table.shape)}")
+    if statistics is None:
+        _require_statistics(images.shape[0], tuple(images.shape[2:]))
+    return _serving(kernels, images, "stem").stem(images, weight, scale, shift, statistics)
 
 
 def cell(

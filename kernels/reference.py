@@ -233,6 +233,14 @@ def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statisti
     return out, normalizer.batch_statistics()
 
 
+def stem(images, weight, scale, shift, statistics=None):
+    raw, training = F.conv2d(images.detach(), weight, padding=1), statistics is None
+    mean, variance = (torch.zeros_like(scale) for _ in range(2)) if training else statistics
+    # with momentum 1 the running statistics become the batch's own
+    out = F.batch_norm(raw, mean, variance, scale, shift, training, 1.0 if training else 0.0, EPSILON)
+    return out, mean, variance
+
+
 class _Affine:
     """The normalizations of a derived cell, by name, and the batch's own statistics."""
 
@@ -245,7 +253,6 @@ class _Affine:
         self.rows = list(zip(self.mean.unbind(), self.variance.unbind()))
 
     def __call__(self, raw, name):
-        # with momentum 1 the running statistics become the batch's own
         return F.batch_norm(
             raw, *self.rows[self.spec.normalizations[name]], self.weights[f"{name}.weight"],
             self.weights[f"{name}.bias"], self.training, 1.0 if self.training else 0.0, EPSILON,

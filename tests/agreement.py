@@ -136,6 +136,22 @@ def test_nan_is_not_lost():
     assert out.isnan().sum() == 9 * 8
 
 
+@pytest.mark.skipif(kernels.available("cpu", "stem")[TESTED] is not None, reason="the back end has no stem")
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("n, c, size", [(3, 5, (7, 9)), (2, 48, (32, 32)), (5, 108, (4, 3)), (6, 32, (1, 1))], ids=str)
+def test_stem(n, c, size, given):
+    images = torch.randn(n, 3, *size) + torch.tensor([0.5, -1.0, 2.0]).view(3, 1, 1)
+    inputs = {"weight": torch.randn(c, 3, 3, 3), "scale": torch.randn(c), "shift": torch.randn(c)}
+    statistics = (torch.randn(c), torch.rand(c) + 0.5) if given else None
+
+    def stem(kernel, t):
+        dtype = t["scale"].dtype
+        tables = statistics and tuple(table.to(dtype) for table in statistics)
+        return kernels.stem(images.to(dtype), *t.values(), tables, kernels=kernel)
+
+    compare(stem, inputs)
+
+
 @pytest.mark.parametrize("c", [5, 8])
 def test_factorized_reduction(c):
     half = c // 2

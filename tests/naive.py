@@ -183,6 +183,7 @@ class NaiveSuperNet(nn.Module):
         super().__init__()
         self.branches = branches
         self.stem, self.classifier = deepcopy(supernet.stem), deepcopy(supernet.classifier)
+        self.stem[0] = nn.Sequential(*self.stem[0])  # CIFAR's asks a back end otherwise
         self.cells = nn.ModuleList(NaiveCell(cell.spec) for cell in supernet.cells)
         for name in ("alpha_normal", "alpha_reduce", "beta_normal", "beta_reduce"):
             self.register_parameter(name, nn.Parameter(getattr(supernet, name).detach().clone()))

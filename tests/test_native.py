@@ -18,7 +18,7 @@ from fpdarts.space import DEFAULT_SUBSETS
 if reason := kernels.available()["native"]:
     pytest.skip(f"no native kernels: {reason}", allow_module_level=True)
 
-from fpdarts.kernels.native import derived, library, operators, parts  # noqa: E402  loads the library
+from fpdarts.kernels.native import derived, library, operators, parts, stems  # noqa: E402  loads the library
 
 ALL = (tuple(name for subset in DEFAULT_SUBSETS for name in subset),)
 
@@ -116,6 +116,39 @@ def test_a_stage_larger_than_the_caches(c, edges, odd, size):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [48, 44])
+def test_a_stem_larger_than_the_caches(channels):
+    """Its result is then written past them, where its channels fill vectors."""
+    images = torch.randn(2**20 // (channels * 32**2) + 1, 3, 32, 32)  # KEPT in stem.h
+    given = images, *stem_weights(channels)
+    expected, actual = (kernels.stem(*given, kernels=name) for name in ("reference", "native"))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_asks_for_its_stem_unless_images_want_a_gradient():
+    torch.manual_seed(0)
+    model, images = SuperNet(10, 4, 3, 2, kernels="native"), torch.randn(4, 3, 8, 8)
+    twin, gates = deepcopy(model), torch.ones(model.gate_shape)
+    wanted = images.clone().requires_grad_()
+    out, expected = model(images, gates), twin(wanted, gates)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for (name, table), other in zip(model.named_buffers(), twin.buffers()):
+        torch.testing.assert_close(table, other, rtol=1e-4, atol=1e-5, msg=name)
+    assert any("stem" in name for name in functions_behind(out))
+    assert not any("stem" in name for name in functions_behind(expected))
+    assert torch.autograd.grad(expected.sum(), wanted)[0].any()
+
+
+def functions_behind(tensor) -> set[str]:
+    """Of autograd, by name."""
+    names, ahead = set(), [tensor.grad_fn]
+    while ahead:
+        function = ahead.pop()
+        names.add(type(function).__name__)
+        ahead += [before for before, _ in function.next_functions if before is not None]
+    return names
+
+
 @pytest.mark.parametrize("images", [23, 24])
 def test_the_same_bits_whichever_thread_was_faster(images):
     """Threads take images as they are free; with more of them than cores that is another way each time."""
@@ -146,11 +179,17 @@ def test_operators_are_what_pytorch_asks_of_one():
         (parts._stage, (x, depthwise, pointwise, 2, 1)),
         (parts._pooling, (x, 1, 1)),
         (parts._node, (terms, torch.rand(3, requires_grad=True), [0, 1, 1], 2)),
+        (stems._stem, (torch.randn(2, 3, 6, 6), *stem_weights(), None, None)),
+        (stems._stem, (torch.randn(2, 3, 6, 6), *stem_weights(), torch.rand(5), torch.rand(5))),
     ):
         torch.library.opcheck(operator, given)
 
 
-@pytest.mark.parametrize("operator", ["cell", "derived_cell", "stage"])
+def stem_weights(c=5):
+    return [torch.randn(shape, requires_grad=True) for shape in ((c, 3, 3, 3), (c,), (c,))]
+
+
+@pytest.mark.parametrize("operator", ["cell", "derived_cell", "stage", "stem"])
 def test_second_derivatives_are_refused(operator):
     if operator == "cell":
         spec = CellSpec(8, (12, 16), 2, DEFAULT_SUBSETS, 2)
@@ -159,6 +198,9 @@ def test_second_derivatives_are_refused(operator):
     elif operator == "derived_cell":
         given = derived_arguments()
         leaf, out = given[3], derived._derived_cell(*given)[0]
+    elif operator == "stem":
+        leaf, *others = stem_weights()
+        out = kernels.stem(torch.randn(2, 3, 6, 6), leaf, *others, kernels="native")[0]
     else:
         leaf = torch.randn(2, 4, 6, 6, requires_grad=True)
         out = kernels.stage(leaf, torch.randn(3, 5, 5, 4), torch.randn(3, 4, 4), kernels="native")

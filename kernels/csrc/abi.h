@@ -6,7 +6,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t FPDARTS_ABI = 5;
+constexpr int64_t FPDARTS_ABI = 6;
 
 // A cell of the search, or of a derived network, which reads path_scales in place of alpha, beta and gates. Geometry, as
 // 64-bit integers: the fields of Shape in cell.h in their order, then five numbers an operation; or those of
@@ -55,4 +55,20 @@ struct PartArguments {
     const float* coefficients;
     float* const* d_terms;
     float* d_coefficients;
+};
+
+// The stem: what forward writes but the result and the variance, backward reads.
+struct StemArguments {
+    int64_t backward, threads, images, height, width, channels;
+    const float* x;       // (N, H, W, 3)
+    const float* weight;  // (C, 3, 3, 3): rows and columns of taps, then inputs
+    const float *scale, *shift;
+    const float *given_mean, *given_variance;  // (C,) to normalize by, or null for the batch's own
+    float* mean;                               // (C,)
+    float* inverse;                            // (C,), of the standard deviation
+    double* sums;                              // (32, 32), where none are given
+    float* out;
+    float* variance;  // (C,), unbiased where it is the batch's own
+    const float* d_out;
+    float *d_weight, *d_scale, *d_shift;
 };

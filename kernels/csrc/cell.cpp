@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "parts.h"
+#include "stem.h"
 
 namespace FPDARTS_ISA {
 
@@ -47,6 +48,11 @@ void part(const PartArguments& a) {
             case 5: return parts.node_gradient();
         }
     });
+}
+
+void stem(const StemArguments& a) {
+    if (a.backward) Stem(a).backward();
+    else Stem(a).forward();
 }
 
 }  // namespace FPDARTS_ISA

@@ -16,6 +16,7 @@
     void derived_forward(const CellArguments&);       \
     void derived_backward(const CellArguments&);      \
     void part(const PartArguments&);                  \
+    void stem(const StemArguments&);                  \
     }
 DECLARE(avx2)
 DECLARE(avx512)
@@ -32,13 +33,15 @@ struct Kernels {
     const char* name;
     CellKernels cell, derived;
     void (*part)(const PartArguments&);
+    void (*stem)(const StemArguments&);
 };
 
 #define KERNELS(isa)                                                                                   \
     {#isa,                                                                                             \
      {isa::cell_workspace, isa::cell_scratch, isa::cell_forward, isa::cell_backward},                  \
      {isa::derived_workspace, isa::derived_scratch, isa::derived_forward, isa::derived_backward},      \
-     isa::part}
+     isa::part,                                                                                        \
+     isa::stem}
 
 const Kernels* choose() {
     static const Kernels wide = KERNELS(avx512), narrow = KERNELS(avx2);
@@ -77,3 +80,4 @@ EXPORT int64_t fpdarts_derived_scratch(const CellArguments* a) { return guarded(
 EXPORT int64_t fpdarts_derived_forward(const CellArguments* a) { return guarded(kernels->derived.forward, *a); }
 EXPORT int64_t fpdarts_derived_backward(const CellArguments* a) { return guarded(kernels->derived.backward, *a); }
 EXPORT int64_t fpdarts_part(const PartArguments* a) { return guarded(kernels->part, *a); }
+EXPORT int64_t fpdarts_stem(const StemArguments* a) { return guarded(kernels->stem, *a); }

@@ -1,8 +1,8 @@
 """The native back end: C++ kernels for CPUs with AVX2 or AVX-512. Contracts of the functions: ``fpdarts.kernels``.
 
-library.py loads what CMakeLists.txt built from kernels/csrc; operators.py, derived.py and parts.py register it with
-PyTorch (registration.py): a cell, a cell of a derived network, and the parts of a cell. They load at the first call:
-the package can be imported, and says why it cannot run, where nothing was built.
+library.py loads what CMakeLists.txt built from kernels/csrc; operators.py, derived.py, stems.py and parts.py register
+it with PyTorch (registration.py): a cell, a cell of a derived network, the stem, and the parts of a cell. They load at
+the first call: the package can be imported, and says why it cannot run, where nothing was built.
 """
 
 from importlib import import_module
@@ -24,6 +24,7 @@ def unavailable(device):
 _MODULES = dict.fromkeys(("stage", "pooling", "factorized_reduction", "normalize", "node"), "parts") | {
     "cell": "operators",
     "derived_cell": "derived",
+    "stem": "stems",
 }
 
 

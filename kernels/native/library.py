@@ -1,6 +1,6 @@
 """The compiled library: found, checked and loaded once; its functions, and memory of its own.
 
-Fields of ``CellArguments`` mirror kernels/csrc/abi.h, where they are explained.
+Fields of ``CellArguments`` and the others mirror kernels/csrc/abi.h, where they are explained.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 5
+ABI = 6
 NAME = "libfpdarts_kernels.so"
 _PROCESS = os.getpid()  # where OpenMP's threads live
 
@@ -42,6 +42,15 @@ class PartArguments(ctypes.Structure):
         *((name, _pointer) for name in ("x", "depthwise", "pointwise", "out", "d_out", "d_x", "d_depthwise")),
         *((name, _pointer) for name in ("d_pointwise", "slices", "terms", "coefficients", "d_terms")),
         ("d_coefficients", _pointer),
+    ]
+
+
+class StemArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, _integer) for name in ("backward", "threads", "images", "height", "width", "channels")),
+        *((name, _pointer) for name in ("x", "weight", "scale", "shift", "given_mean", "given_variance")),
+        *((name, _pointer) for name in ("mean", "inverse", "sums", "out", "variance")),
+        *((name, _pointer) for name in ("d_out", "d_weight", "d_scale", "d_shift")),
     ]
 
 
@@ -79,7 +88,8 @@ def _declare(lib: ctypes.CDLL):
     """Raises AttributeError for a function that is missing."""
     lib.fpdarts_isa.restype = ctypes.c_char_p
     names = [f"fpdarts_{kind}_{name}" for kind in ("cell", "derived") for name in _FUNCTIONS]
-    for name, arguments in (*((name, CellArguments) for name in names), ("fpdarts_part", PartArguments)):
+    others = ("fpdarts_part", PartArguments), ("fpdarts_stem", StemArguments)
+    for name, arguments in (*((name, CellArguments) for name in names), *others):
         function = getattr(lib, name)
         function.argtypes, function.restype, function.errcheck = [ctypes.POINTER(arguments)], _integer, _checked
     lib.fpdarts_allocate.argtypes, lib.fpdarts_allocate.restype = [_integer], _pointer
