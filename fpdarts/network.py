@@ -317,7 +317,7 @@ class DerivedNetwork(nn.Module):
                 auxiliary_logits = _at_least_float32(self.auxiliary_head(previous))
         if any(batch is not None for batch in statistics):  # torch.export keeps the region of no_grad, though empty
             self._update_statistics(statistics)
-        logits = _at_least_float32(self.classifier(previous.mean((2, 3))))
+        logits = _at_least_float32(self.classifier(mean_over_pixels(previous)))
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
     @torch.no_grad()
@@ -337,6 +337,14 @@ class DerivedNetwork(nn.Module):
         shape = (len(self.cells), edges, images.shape[0], 1, 1, 1)
         kept = torch.rand(shape, device=images.device) < keep
         return kept / keep
+
+
+def mean_over_pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C). Of maps in torch.channels_last the gradient is too: that of their mean over (H, W) would
+    be in PyTorch's default format, and be copied for what comes before."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).mean((1, 2))
+    return x.mean((2, 3))
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fpdarts import kernels as kernel_backends
 from fpdarts.genotype import Genotype
 from fpdarts.kernels.spec import CellSpec
-from fpdarts.network import CifarStem
+from fpdarts.network import CifarStem, mean_over_pixels
 from fpdarts.space import DEFAULT_SUBSETS, reduction_cells, validate_stem, validate_subsets
 
 WEIGHTINGS = ("sigmoid", "softmax")
@@ -161,7 +161,7 @@ class SuperNet(nn.Module):
             statistics.append(batch)
         if any(batch is not None for batch in statistics):
             self._update_statistics(statistics)
-        return self.classifier(states[1].mean((2, 3)))
+        return self.classifier(mean_over_pixels(states[1]))
 
     @torch.no_grad()
     def _update_statistics(self, batches):
