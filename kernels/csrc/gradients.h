@@ -202,12 +202,12 @@ template <int V> class Gradients : public Engine<V> {
         for (const Operation& o : l.operations) {
             for (int stage = 0; stage < o.stages; stage++)
                 for (int part = 0; part < 2; part++) {
-                    const int weight = o.weight[stage] + part;
-                    const int rows = l.edges.size() * (part ? l.c : o.kernel * o.kernel);
-                    for (int64_t i = 0; i < rows; i++) {
-                        const int64_t line = part ? i / l.c * l.lanes + i % l.c : i;
-                        for (int k = 0; k < l.c; k++)
-                            a.d_weights[weight][i * l.c + k] = gradients[gradient_at[weight] + line * l.lanes + k];
+                    const int weight = o.weight[stage] + part, lines = part ? l.c : o.kernel * o.kernel;
+                    const int padded = part ? l.lanes : lines;
+                    float* to = a.d_weights[weight];
+                    for (size_t edge = 0; edge < l.edges.size(); edge++) {
+                        const float* from = gradients.of(0, gradient_at[weight] + int64_t(edge) * padded * l.lanes);
+                        for (int i = 0; i < lines; i++, to += l.c) std::copy_n(from + i * l.lanes, l.c, to);
                     }
                 }
             if (o.kind != SKIP) continue;

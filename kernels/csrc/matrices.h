@@ -15,25 +15,30 @@ template <int V> struct PackedWeights {
                                         bool side_by_side = false) {
         constexpr int COPIES = PACK<V>;
         std::vector<float> out(size_t(rows) * taps * lanes * COPIES);
+        const int step = by_channel ? taps : 1, apart = side_by_side ? 1 : V, together = side_by_side ? COPIES : 1;
         for (int row = 0; row < rows; row++, w += int64_t(taps) * c)
             for (int tap = 0; tap < taps; tap++)
-                for (int k = 0; k < c; k++)
+                for (int first = 0; first < c; first += V) {
+                    const float* from = w + (by_channel ? first * taps + tap : tap * c + first);
+                    float* to = &out[((size_t(row) * taps + tap) * lanes + first) * COPIES];
                     for (int copy = 0; copy < COPIES; copy++)
-                        out[((size_t(row) * taps + tap) * lanes + k / V * V) * COPIES +
-                            (side_by_side ? k % V * COPIES + copy : copy * V + k % V)] =
-                            by_channel ? w[k * taps + tap] : w[tap * c + k];
+                        for (int k = 0; k < std::min(V, c - first); k++) to[copy * apart + k * together] = from[k * step];
+                }
         return out;
     }
     // (inputs, outputs) -> [output block][input][V], PACK inputs side by side for each output; `transposed`: of the
     // matrix's transpose.
     static void matrix(const float* w, int inputs, int outputs, bool transposed, float* out) {
         const int from = transposed ? outputs : inputs, to = transposed ? inputs : outputs;
+        const int row = transposed ? 1 : outputs, step = transposed ? outputs : 1;
         constexpr int PAIR = PACK<V>;
-        const int column = divide_up(from, V) * V;
-        for (int i = 0; i < from; i++)
-            for (int o = 0; o < to; o++)
-                out[(int64_t(o / V) * column + i / PAIR * PAIR) * V + o % V * PAIR + i % PAIR] =
-                    transposed ? w[o * outputs + i] : w[i * outputs + o];
+        const int64_t column = divide_up(from, V) * V;
+        for (int first = 0; first < to; first += V)
+            for (int i = 0; i < from; i++) {
+                const float* in = w + int64_t(i) * row + int64_t(first) * step;
+                float* own = out + first * column + i / PAIR * PAIR * V + i % PAIR;
+                for (int o = 0; o < std::min(V, to - first); o++) own[o * PAIR] = in[int64_t(o) * step];
+            }
     }
     static size_t matrix_size(int from, int to) { return size_t(divide_up(to, V)) * V * divide_up(from, V) * V; }
     // Of a stage, (c, c), for as many images as are taken together: for those side by side [input][output][copy].
@@ -68,12 +73,14 @@ template <int V> struct Dense {
     template <class F> void each(F&& f) const {
         const int outputs = groups * c, half = two ? outputs / 2 : outputs;
         for (int i = 0; i < inputs; i++)
-            for (int o = 0; o < outputs; o++) {
-                const bool odd = o >= half;
-                const int own = odd ? o - half : o, all = odd ? outputs - half : half;
-                f(by_output ? int64_t(own) * inputs + i : int64_t(i) * all + own, odd,
-                  int64_t(odd * rows / 2 + i) * columns + o / c * lanes + o % c);
-            }
+            for (int group = 0; group < groups; group++)
+                for (int k = 0; k < c; k++) {
+                    const int o = group * c + k;
+                    const bool odd = o >= half;
+                    const int own = odd ? o - half : o, all = odd ? outputs - half : half;
+                    f(by_output ? int64_t(own) * inputs + i : int64_t(i) * all + own, odd,
+                      int64_t(odd * rows / 2 + i) * columns + group * lanes + k);
+                }
     }
     // The matrix, or its transpose, as pointwise_rows reads it.
     std::vector<float> packed(const float* even, const float* odd, bool transposed) const {

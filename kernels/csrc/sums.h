@@ -6,6 +6,7 @@
 #endif
 
 #include <exception>
+#include <memory>
 #include <mutex>
 
 #include "cell.h"
@@ -80,9 +81,9 @@ class Moments {
                                 int count) {
         const int cell = share * rows + row;
         double *mean = &values[size_t(cell) * 2 * lanes + block * V], *m2 = mean + lanes;
-        const double before = counts[cell] - (block ? count : 0), total = before + count;
+        const double before = counts[cell] - (block ? count : 0), part = count / (before + count);
         if (block == 0) counts[cell] += count;
-        for (int l = 0; l < V; l++) merge_one(mean[l], m2[l], before, other[l], other_m2[l], count, total);
+        for (int l = 0; l < V; l++) merge_one(mean[l], m2[l], before, other[l], other_m2[l], part);
     }
 
     // Over all shares: take(lane, mean, summed squared deviation, count) gets each lane's.
@@ -93,7 +94,7 @@ class Moments {
                 const int cell = i * rows + row;
                 if (!counts[cell]) continue;
                 const double* own = &values[size_t(cell) * 2 * lanes];
-                merge_one(mean, m2, count, own[l], own[lanes + l], counts[cell], count + counts[cell]);
+                merge_one(mean, m2, count, own[l], own[lanes + l], counts[cell] / (count + counts[cell]));
                 count += counts[cell];
             }
             take(l, mean, m2, count);
@@ -101,11 +102,11 @@ class Moments {
     }
 
    private:
-    static void merge_one(double& mean, double& m2, double before, double other, double other_m2, double count,
-                          double total) {
+    // part: of the other's count in all.
+    static void merge_one(double& mean, double& m2, double before, double other, double other_m2, double part) {
         const double delta = other - mean;
-        mean += delta * count / total;
-        m2 += other_m2 + delta * delta * before * count / total;
+        mean += delta * part;
+        m2 += other_m2 + delta * delta * (before * part);
     }
     int shares, rows, lanes;
     std::vector<double> counts, values;
@@ -139,8 +140,14 @@ class Totals {
 // Gradients of weights, padded like what they are gradients of. Empty unless they are needed.
 class WeightSums {
    public:
-    WeightSums(int threads, int64_t floats) : threads(threads), floats(floats), own(Shares::count(threads) * floats) {}
-    float* of(int share, int64_t at) { return own.empty() ? nullptr : &own[share * floats + at]; }
+    WeightSums(int threads, int64_t floats) : threads(threads), floats(floats) {
+        if (!floats) return;
+        own.reset(new float[Shares::count(threads) * floats]);
+        for_images(Shares::count(threads), threads, [&] {
+            return [&](int share, int) { std::fill_n(of(share, 0), this->floats, 0.0f); };
+        });
+    }
+    float* of(int share, int64_t at) const { return own ? &own[share * floats + at] : nullptr; }
     // Adds all shares' in a fixed order: the first one then has the sums.
     void gather() {
         constexpr int64_t PIECE = 4096;
@@ -157,7 +164,7 @@ class WeightSums {
    private:
     int threads;
     int64_t floats;
-    std::vector<float> own;  // [share][floats]
+    std::unique_ptr<float[]> own;  // [share][floats]
 };
 
 // The backward of a normalization: d_raw = g factor + (raw - mean) slope + shift, each [lanes].
@@ -170,6 +177,7 @@ struct Factors {
     static Factors of(int lanes, const float* mean, const float* inverse, bool training, double count, K&& k, Sum&& sum,
                       Product&& product) {
         Factors f;
+        for (auto* table : {&f.factor, &f.slope, &f.shift, &f.mean}) table->reserve(lanes);
         for (int i = 0; i < lanes; i++) {
             const double scale = k(i) * double(inverse[i]);
             f.mean.push_back(mean[i]);
