@@ -316,7 +316,6 @@ template <int V> class DerivedBackward : public Derived<V> {
             return [&, pixels, drawn](int image, int share) {
                 const float* from = a.x[input] + this->input_at(d, image);
                 float* d_x = a.d_x[input] ? a.d_x[input] + this->input_at(d, image) : nullptr;
-                if (d.two && d_x) std::fill_n(d_x, int64_t(l.full_pixels) * d.inputs, 0.0f);  // most are not read
                 const float *g = d_state(input, image), *raw = this->raw(input, image);
                 for (int first = 0; first < l.pixels; first += CHUNK) {
                     const int count = std::min(CHUNK, l.pixels - first);

@@ -125,11 +125,17 @@ template <int V> struct Dense {
             outer<L>(pixels, L, rows, rows / L, drawn, L, columns, columns / L, count, own, columns);
         });
     }
-    // Of an image: where ReLU let it through. The pixels that it does not read are left alone.
+    // Of an image: where ReLU let it through. Zeros for the pixels that it does not read.
     void image_gradient(const float* w, const float* drawn, const float* pixels, int width, int first, int count,
                         float* d_image, bool past) const {
         const int each = rows / (1 + two);
         past = past && inputs % WIDEST == 0 && reinterpret_cast<uintptr_t>(d_image) % (4 * WIDEST) == 0;
+        for (int i = first; i < first + count && two; i++)
+            for (const int64_t unread : {pixel(width, i, 0) + 1, pixel(width, i, 1) - 1}) {
+                float* to = d_image + unread * inputs;
+                if (!past) std::fill_n(to, inputs, 0.0f);
+                for (int k = 0; k < inputs && past; k += WIDEST) store_past<WIDEST>(to + k, Vec<WIDEST>{});
+            }
         with_block([&](auto lanes) {
             constexpr int L = lanes;
             const auto make = [=](auto&& write) INLINE_LAMBDA {
