@@ -139,8 +139,8 @@ def test_nan_is_not_lost():
 @pytest.mark.skipif(kernels.available("cpu", "stem")[TESTED] is not None, reason="the back end has no stem")
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("n, c, size", [(3, 5, (7, 9)), (2, 48, (32, 32)), (5, 108, (4, 3)), (6, 32, (1, 1))], ids=str)
-def test_stem(n, c, size, given):
-    images = torch.randn(n, 3, *size) + torch.tensor([0.5, -1.0, 2.0]).view(3, 1, 1)
+def test_stem(n, c, size, given, offset=2.0):
+    images = torch.randn(n, 3, *size) + offset * torch.tensor([0.25, -0.5, 1.0]).view(3, 1, 1)
     inputs = {"weight": torch.randn(c, 3, 3, 3), "scale": torch.randn(c), "shift": torch.randn(c)}
     statistics = (torch.randn(c), torch.rand(c) + 0.5) if given else None
 
@@ -150,6 +150,11 @@ def test_stem(n, c, size, given):
         return kernels.stem(images.to(dtype), *t.values(), tables, kernels=kernel)
 
     compare(stem, inputs)
+
+
+@pytest.mark.skipif(kernels.available("cpu", "stem")[TESTED] is not None, reason="the back end has no stem")
+def test_images_far_from_zero_cost_a_stem_no_digits():
+    test_stem(4, 48, (16, 16), False, 1000.0)
 
 
 @pytest.mark.parametrize("c", [5, 8])

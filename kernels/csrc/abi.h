@@ -66,7 +66,7 @@ struct StemArguments {
     const float *given_mean, *given_variance;  // (C,) to normalize by, or null for the batch's own
     float* mean;                               // (C,)
     float* inverse;                            // (C,), of the standard deviation
-    double* sums;                              // (32, 32), where none are given
+    double* sums;                              // (32, 32), zeros where statistics are given or before forward
     float* out;
     float* variance;  // (C,), unbiased where it is the batch's own
     const float* d_out;

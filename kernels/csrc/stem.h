@@ -1,8 +1,11 @@
 // The stem of CIFAR networks: a 3x3 convolution of images of three channels, and its affine normalization. The raw result
 // is never stored: what follows from it, statistics and gradients, follows from sums over patches x (27 values a pixel and
 // a one). raw = W x, so that Σ raw = W Σ x, Σ raw² = W (Σ x xᵀ) Wᵀ and Σ g raw = W (Σ x g); and the gradient of W, which is
-// Σ x d_raw with d_raw = a g + b raw + c, is a Σ x g + b (Σ x xᵀ) Wᵀ + c Σ x.
+// Σ x d_raw with d_raw = a g + b raw + c, is a Σ x g + b (Σ x xᵀ) Wᵀ + c Σ x. So that images far from 0 cost no digits,
+// their inputs' means are subtracted first (from the padding as well), which changes raw by a constant.
 #pragma once
+
+#include <array>
 
 #include "engine.h"
 
@@ -11,6 +14,7 @@ namespace FPDARTS_ISA {
 class Stem {
     static constexpr int INPUTS = 3, KERNEL = 3, RUN = KERNEL * INPUTS, TAPS = KERNEL * RUN;
     static constexpr int ONE = TAPS, ROWS = 32;  // of a patch: its values, a one, zeros
+    static constexpr int MEANS = ONE + 1;        // the row of the sums, otherwise zeros, with what was subtracted
     static constexpr int PATCHES = 2 * CHUNK;    // at a time: few enough for float32 sums of them to be exact to 1e-7
     static constexpr int L = WIDEST;
     static constexpr int64_t KEPT = 1 << 20;  // floats of a result from which on second caches would not keep it anyway
@@ -28,9 +32,10 @@ class Stem {
         if (!a.given_mean) take_sums();
         std::vector<float> matrix(size_t(ROWS) * lanes), packed(matrix.size());
         for (int o = 0; o < c; o++) {
-            const auto [mean, variance] = statistics(o);
+            const double mean = a.given_mean ? a.given_mean[o] - constant(o) : centred_mean(o);
+            const double variance = a.given_mean ? a.given_variance[o] : centred_variance(o);
             const double inverse = 1 / std::sqrt(variance + EPSILON), factor = a.scale[o] * inverse;
-            a.mean[o] = mean, a.inverse[o] = inverse;
+            a.mean[o] = mean + constant(o), a.inverse[o] = inverse;
             a.variance[o] = a.given_mean ? variance : variance * (pixels / (pixels - 1));
             for (int k = 0; k < TAPS; k++) matrix[k * lanes + o] = factor * weight(o, k);
             matrix[ONE * lanes + o] = a.shift[o] - mean * factor;
@@ -73,14 +78,23 @@ class Stem {
    private:
     double weight(int o, int k) const { return a.weight[o * TAPS + k]; }
 
-    // Of a channel of the raw result.
-    std::pair<double, double> statistics(int o) const {
-        if (a.given_mean) return {a.given_mean[o], a.given_variance[o]};
-        double mean = 0, square = 0;
-        for (int k = 0; k < TAPS; k++) mean += weight(o, k) * a.sums[ONE * ROWS + k] / pixels;
-        for (int k = 0; k < TAPS; k++) square += weight(o, k) * covariance(o, k);
-        return {mean, std::max(0.0, square / pixels)};
+    // Of a channel of the raw result: what the subtraction took from it, then of the rest.
+    double constant(int o) const {
+        double sum = 0;
+        for (int k = 0; k < TAPS; k++) sum += weight(o, k) * subtracted(k);
+        return sum;
     }
+    double centred_mean(int o) const {
+        double sum = 0;
+        for (int k = 0; k < TAPS; k++) sum += weight(o, k) * a.sums[ONE * ROWS + k] / pixels;
+        return sum;
+    }
+    double centred_variance(int o) const {
+        double sum = 0;
+        for (int k = 0; k < TAPS; k++) sum += weight(o, k) * covariance(o, k) / pixels;
+        return std::max(0.0, sum);
+    }
+    double subtracted(int k) const { return a.sums[MEANS * ROWS + k % INPUTS]; }
     // Σ x_k (raw - mean), of a channel.
     double covariance(int o, int k) const {
         double sum = 0;
@@ -92,7 +106,7 @@ class Stem {
     // products: Σ x g, [row][lanes], of a channel.
     void write_gradients(int o, const double* products) const {
         const double sum = products[ONE * lanes], inverse = a.inverse[o], factor = a.scale[o] * inverse;
-        double product = -a.mean[o] * sum;  // Σ g (raw - mean)
+        double product = (a.given_mean ? -a.mean[o] : -centred_mean(o)) * sum;  // Σ g (raw - mean)
         for (int k = 0; k < TAPS; k++) product += weight(o, k) * products[k * lanes];
         a.d_scale[o] = inverse * product, a.d_shift[o] = sum;
         for (int k = 0; k < TAPS; k++) {
@@ -105,6 +119,7 @@ class Stem {
 
     // Σ x xᵀ, in which Σ x is the row of the one.
     void take_sums() {
+        take_means();
         std::vector<std::vector<double>> own(Shares::count(threads), std::vector<double>(ROWS * ROWS));
         for_images(n, threads, [&] {
             const Patches patches(*this);
@@ -115,8 +130,22 @@ class Stem {
                 });
             };
         });
-        std::fill_n(a.sums, ROWS * ROWS, 0.0);
         for (const auto& share : own) add(share.data(), ROWS * ROWS, a.sums);
+    }
+    void take_means() {
+        std::vector<std::array<double, INPUTS>> own(Shares::count(threads));
+        for_images(n, threads, [&] {
+            return [&](int image, int share) {
+                const float* from = a.x + int64_t(image) * height * width * INPUTS;
+                for (int i = 0; i < height * width; i++)
+                    for (int k = 0; k < INPUTS; k++) own[share][k] += from[i * INPUTS + k];
+            };
+        });
+        for (int k = 0; k < INPUTS; k++) {
+            double sum = 0;
+            for (const auto& share : own) sum += share[k];
+            a.sums[MEANS * ROWS + k] = float(sum / pixels);  // as it is subtracted
+        }
     }
 
     template <class From> static void add(const From* from, int count, double* to) {
@@ -131,11 +160,14 @@ class Stem {
 
     struct Patches {  // of a thread
         int height, width;
-        float *image, *rows;  // with a margin of zeros; [pixel][ROWS]
+        float mean[INPUTS];
+        float *image, *rows;  // with a margin; [pixel][ROWS]
 
         explicit Patches(const Stem& stem)
             : height(stem.height), width(stem.width), image(arena().take((height + 2) * pitch() + RUN)),
               rows(arena().take(PATCHES * ROWS)) {
+            for (int k = 0; k < INPUTS; k++) mean[k] = stem.subtracted(k);
+            for (int i = 0; i < (height + 2) * pitch(); i++) image[i] = -mean[i % INPUTS];
             for (int i = 0; i < PATCHES; i++) rows[i * ROWS + ONE] = 1;
         }
         int pitch() const { return (width + 2) * INPUTS; }
@@ -143,8 +175,11 @@ class Stem {
         // f(first pixel, how many) of each PATCHES pixels of an image, whose patches are then in `rows`.
         template <class F> void each(const float* x, int index, F&& f) const {
             x += int64_t(index) * height * width * INPUTS;
-            for (int y = 0; y < height; y++)
-                std::copy_n(x + int64_t(y) * width * INPUTS, width * INPUTS, image + (y + 1) * pitch() + INPUTS);
+            for (int y = 0; y < height; y++) {
+                float* to = image + (y + 1) * pitch() + INPUTS;
+                for (int i = 0; i < width; i++)
+                    for (int k = 0; k < INPUTS; k++) to[i * INPUTS + k] = *x++ - mean[k];
+            }
             int count = 0, first = 0;
             for (int y = 0; y < height; y++)
                 for (int column = 0; column < width; column++) {
