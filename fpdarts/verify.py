@@ -17,6 +17,7 @@ from torch.func import functional_call
 from fpdarts import kernels as kernel_backends
 from fpdarts.errors import KernelMismatch
 from fpdarts.kernels.spec import CellSpec
+from fpdarts.network import CifarStem
 from fpdarts.supernet import Cell, SuperNet
 from fpdarts.training import autocast, backend_name
 
@@ -107,7 +108,8 @@ VERIFY_TOLERANCE = {"float32": Tolerance(1e-3, 1e-2), "tf32": Tolerance(1e-2, 0.
 
 
 def verify_step(model: SuperNet, images: Tensor, gates: Tensor, amp: str, step: int):
-    """Computes every cell of a step forward and backward by the model's back end and by the reference in float32.
+    """Computes every cell of a step forward and backward by the model's back end and by the reference in float32, and
+    the stem where the back end has a kernel for it.
 
     Both get the inputs, weights and gates that the cell has in this step, and the same random gradient of its output:
     with gradients of the whole network, one pixel that went another way would hide what a cell did wrong. Running
@@ -121,6 +123,8 @@ def verify_step(model: SuperNet, images: Tensor, gates: Tensor, amp: str, step: 
         cell.register_forward_pre_hook(partial(_verify_cell, f"step {step}: cells.{i}", amp, step))
         for i, cell in enumerate(model.cells)
     ]
+    if isinstance(model.stem[0], CifarStem):
+        hooks.append(model.stem[0].register_forward_pre_hook(partial(_verify_stem, f"step {step}: stem", amp, step)))
     try:
         with torch.no_grad(), one_precision(), autocast(amp, images.device):
             functional_call(model, buffers, (images, gates))
@@ -130,16 +134,47 @@ def verify_step(model: SuperNet, images: Tensor, gates: Tensor, amp: str, step: 
 
 
 def _verify_cell(where: str, amp: str, seed: int, cell: Cell, arguments: tuple):
-    """A forward pre-hook: compares, before the cell is computed, what its arguments come to.
+    """A forward pre-hook: compares, before the cell is computed, what its arguments come to."""
+    inputs, operation_weights, edge_weights, gates, asked = arguments
+    tensors = {"input_0": inputs[0], "input_1": inputs[1], **dict(cell.named_parameters(recurse=False))}
+    tensors |= {"operation_weights": operation_weights, "edge_weights": edge_weights}
+
+    def results(kernels, leaves):
+        return cell_results(partial(kernel_backends.cell, gates=gates, kernels=kernels), leaves, cell.spec)
+
+    _verify(where, results, tensors, ("input_0", "input_1"), asked, amp, seed)
+
+
+def _verify_stem(where: str, amp: str, seed: int, stem: CifarStem, arguments: tuple):
+    """The same of a stem."""
+    images, asked = arguments
+    if not kernel_backends.offers("stem", asked, images):
+        return
+    convolution, norm = stem
+    tensors = {"images": images, "weight": convolution.weight, "scale": norm.weight, "shift": norm.bias}
+
+    def results(kernels, leaves):
+        return dict(zip(("out", "mean", "variance"), kernel_backends.stem(*leaves.values(), kernels=kernels)))
+
+    _verify(where, results, tensors, ("images",), asked, amp, seed)
+
+
+def _verify(
+    where: str,
+    results: Callable[[str, dict[str, Tensor]], dict[str, Tensor]],
+    tensors: dict[str, Tensor],
+    inputs: tuple[str, ...],
+    asked: str,
+    amp: str,
+    seed: int,
+):
+    """results: of the back end of that name. inputs: of the tensors those that are maps. asked: the back end.
 
     Where gradients alone are off, a tensor is judged by the smaller of its errors on two inputs, the second 1 % off:
     the pixels whose gradient goes another way are then others, but an error stays.
     """
-    inputs, operation_weights, edge_weights, gates, asked = arguments
-    name = backend_name(asked, inputs[0].device, amp)
-    tensors = {"input_0": inputs[0], "input_1": inputs[1], **dict(cell.named_parameters(recurse=False))}
-    tensors |= {"operation_weights": operation_weights, "edge_weights": edge_weights}
-    tolerance = VERIFY_TOLERANCE[arithmetic(inputs[0].device, amp)]
+    like = tensors[inputs[-1]]
+    name, tolerance = backend_name(asked, like.device, amp), VERIFY_TOLERANCE[arithmetic(like.device, amp)]
 
     def allowed(tensor):
         return tolerance.gradient if is_gradient(tensor) else tolerance.output
@@ -147,12 +182,13 @@ def _verify_cell(where: str, amp: str, seed: int, cell: Cell, arguments: tuple):
     def excess(tensor):
         return errors[tensor] / allowed(tensor)
 
-    errors = _cell_errors(cell.spec, tensors, gates, name, amp, seed)
+    errors = _errors(results, tensors, like, name, amp, seed)
     wrong = [tensor for tensor in errors if excess(tensor) > 1]
     if wrong and all(is_gradient(tensor) and errors[tensor] < math.inf for tensor in wrong):
         draw = normal_numbers(seed)
-        moved = {f"input_{i}": x + 0.01 * x.std() * draw(*x.shape).to(x) for i, x in enumerate(inputs)}
-        again = _cell_errors(cell.spec, tensors | moved, gates, name, amp, seed)
+        maps = {key: tensors[key] for key in inputs}
+        moved = {key: x + 0.01 * x.std() * draw(*x.shape).to(x) for key, x in maps.items()}
+        again = _errors(results, tensors | moved, like, name, amp, seed)
         errors = {tensor: min(error, again.get(tensor, error)) for tensor, error in errors.items()}
     worst = max(errors, key=excess, default=None)
     if worst is not None and excess(worst) > 1:
@@ -165,22 +201,23 @@ def _verify_cell(where: str, amp: str, seed: int, cell: Cell, arguments: tuple):
         )
 
 
-def _cell_errors(
-    spec: CellSpec, tensors: dict[str, Tensor], gates: Tensor, kernels: str, amp: str, seed: int
+def _errors(
+    results: Callable, tensors: dict[str, Tensor], like: Tensor, kernels: str, amp: str, seed: int
 ) -> dict[str, float]:
-    """Of a back end against the reference in float32, without what is not finite there: a run that has diverged says so
-    itself."""
-    device, rounded = tensors["input_1"].device, tensors["input_1"].dtype
+    """Of a back end against the reference in float32, without what is not finite there, and without any where an output
+    is not (its gradients then mean nothing): a run that has diverged says so itself. like: one of the maps."""
 
-    def results(kernels, amp, tensors):
+    def of(kernels, amp, tensors):
         def call(leaves):
-            with autocast(amp, device):
-                return cell_results(partial(kernel_backends.cell, gates=gates, kernels=kernels), leaves, spec)
+            with autocast(amp, like.device):
+                return results(kernels, leaves)
 
-        return results_of(call, tensors, tensors, seed, rounded)
+        return results_of(call, tensors, tensors, seed, like.dtype)
 
-    with autocast("off", device):  # as in a step, where backward passes are outside of it
-        found = results(kernels, amp, tensors)
-        expected = results("reference", "off", {name: tensor.float() for name, tensor in tensors.items()})
+    with autocast("off", like.device):  # as in a step, where backward passes are outside of it
+        found = of(kernels, amp, tensors)
+        expected = of("reference", "off", {name: tensor.float() for name, tensor in tensors.items()})
     finite = {n: tensor for n, tensor in expected.items() if tensor is not None and tensor.isfinite().all()}
+    if any(name not in finite for name in expected if not is_gradient(name)):
+        return {}
     return relative_errors(found, finite)

@@ -339,6 +339,21 @@ def test_a_wrong_step_is_named_by_cell_and_tensor(plant, cell, message):
         verify_step(*step_arguments("wrong"), "off", 40)
 
 
+@pytest.mark.parametrize(
+    "factor, message", [(1.01, "out is off by 1.0e-02"), (None, "d_weight is off by 1.0e-01")], ids=["out", "gradient"]
+)
+def test_a_wrong_stem_is_named(plant, factor, message):
+    def stem(images, weight, *others):
+        if factor is None:
+            weight = weight + 0.1 * (weight - weight.detach())  # the same, with another gradient
+        out, *statistics = reference.stem(images, weight, *others)
+        return out * (factor or 1), *statistics
+
+    plant("wrong", stem=stem)
+    with pytest.raises(KernelMismatch, match=f"step 40: stem {message}.*wrong against reference"):
+        verify_step(*step_arguments("wrong"), "off", 40)
+
+
 def test_a_step_is_verified_with_its_own_gates(plant):
     def cell(spec, inputs, weights, alpha, beta, gates, *others):
         return (reference.cell if gates.min() > 0 else cell_times(1.01))(
@@ -359,8 +374,9 @@ def test_a_gradient_that_is_off_on_one_input_only_is_a_tie(plant, monkeypatch):
         calls.append(arguments)
         return {"out": 0.0, "d_input_1": 0.5 if len(calls) == 1 else 1e-6}
 
-    monkeypatch.setattr(verify, "_cell_errors", errors)
-    verify_step(*step_arguments("reference"), "off", 0)
+    monkeypatch.setattr(verify, "_errors", errors)
+    plant("without_a_stem")
+    verify_step(*step_arguments("without_a_stem"), "off", 0)
     assert len(calls) == 4  # three cells, the first of them twice
     assert not torch.equal(calls[0][1]["input_1"], calls[1][1]["input_1"])
 
