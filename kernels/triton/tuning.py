@@ -216,8 +216,9 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
     if wide >= 64:
         return columns | _rows(64, 4, 32, 8)
     if wide == 32:
-        tall = 4 if NEWER and stride == 2 else 8
-        return columns | _rows(16, 8, 16, 1) if summed == 32 else {"COLUMNS": 16} | _rows(32, tall, 32, 2)
+        if summed == 32:
+            return columns | _rows(16, 4 if blackwell else 8, 16, 1)
+        return {"COLUMNS": 16} | _rows(32, 4 if blackwell or NEWER and stride == 2 else 8, 32, 2)
     if summed == wide == 8 and in_pairs(width):
         return columns | _rows(32, 8, 16, 2, most, across=2)
     if summed <= 8:
@@ -230,7 +231,9 @@ def rows_data_gradient(wide: int, summed: int, width: int, stride: int, precisio
         if summed == 64:
             return columns | (_rows(64, 8, 32, 4) if blackwell else _rows(16, 8, 32, 1))
         return columns | _rows(32, 8, min(32, summed), 2, 255 if wide == 8 and summed == 16 else None)
-    return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 and not blackwell else 8, min(32, summed), 2)
+    if blackwell:
+        return columns | (_rows(32, 8, min(32, summed), 2, 255) if wide == 8 else _rows(32, 4, min(32, summed), 2))
+    return columns | _rows(32, 16 if wide == 8 and width % 32 == 0 else 8, min(32, summed), 2)
 
 
 @timed
