@@ -108,7 +108,7 @@ def test_a_workspace_larger_than_the_caches(n, channels, size):
     [(5, 4, 1, 32), (8, 4, 1, 32), (8, 4, 0, 32), (8, 3, 0, 32), (8, 1, 0, 32), (16, 3, 1, 15), (24, 1, 1, 7)],
 )
 def test_a_stage_larger_than_the_caches(c, edges, odd, size):
-    images = 2**20 // (edges * c * size**2) + 1  # KEPT in parts.h
+    images = 2**20 // (edges * c * size**2) + 1  # KEPT in engine.h
     images += (images + odd) % 2  # two of 8 channels share vectors, where their number is even
     x = torch.randn(images, 2 * c, size, size).contiguous(memory_format=torch.channels_last)[:, c:]
     weights = torch.randn(edges, 3, 3, c), torch.randn(edges, c, c)
@@ -119,7 +119,7 @@ def test_a_stage_larger_than_the_caches(c, edges, odd, size):
 @pytest.mark.parametrize("channels", [48, 44])
 def test_a_stem_larger_than_the_caches(channels):
     """Its result is then written past them, where its channels fill vectors."""
-    images = torch.randn(2**20 // (channels * 32**2) + 1, 3, 32, 32)  # KEPT in stem.h
+    images = torch.randn(2**20 // (channels * 32**2) + 1, 3, 32, 32)  # KEPT in engine.h
     given = images, *stem_weights(channels)
     expected, actual = (kernels.stem(*given, kernels=name) for name in ("reference", "native"))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,8 @@
 
 namespace FPDARTS_ISA {
 
+constexpr int64_t KEPT = 1 << 20;  // floats of a result from which on second caches would not keep it anyway
+
 template <int V> class Engine {
    public:
     explicit Engine(const CellArguments& arguments)

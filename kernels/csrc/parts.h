@@ -7,7 +7,6 @@
 namespace FPDARTS_ISA {
 
 constexpr int BAND = 4096;         // floats of a part's band of results
-constexpr int64_t KEPT = 1 << 20;  // floats of a result from which on second caches would not keep it anyway
 
 template <int V> class Parts {
     const PartArguments& a;

@@ -17,7 +17,6 @@ class Stem {
     static constexpr int MEANS = ONE + 1;        // the row of the sums, otherwise zeros, with what was subtracted
     static constexpr int PATCHES = 2 * CHUNK;    // at a time: few enough for float32 sums of them to be exact to 1e-7
     static constexpr int L = WIDEST;
-    static constexpr int64_t KEPT = 1 << 20;  // floats of a result from which on second caches would not keep it anyway
 
     const StemArguments& a;
     int n, height, width, c, lanes, threads;
@@ -98,8 +97,7 @@ class Stem {
     // Σ x_k (raw - mean), of a channel.
     double covariance(int o, int k) const {
         double sum = 0;
-        for (int j = 0; j < TAPS; j++)
-            sum += weight(o, j) * (a.sums[j * ROWS + k] - a.sums[ONE * ROWS + j] * a.sums[ONE * ROWS + k] / pixels);
+        for (int j = 0; j < TAPS; j++) sum += weight(o, j) * a.sums[j * ROWS + k];
         return sum;
     }
 
@@ -117,7 +115,7 @@ class Stem {
         }
     }
 
-    // Σ x xᵀ, in which Σ x is the row of the one.
+    // Σ x xᵀ about the means of x, and Σ x, which is the row of the one.
     void take_sums() {
         take_means();
         std::vector<std::vector<double>> own(Shares::count(threads), std::vector<double>(ROWS * ROWS));
@@ -131,6 +129,9 @@ class Stem {
             };
         });
         for (const auto& share : own) add(share.data(), ROWS * ROWS, a.sums);
+        const double* sum = a.sums + ONE * ROWS;
+        for (int j = 0; j < TAPS; j++)
+            for (int k = 0; k < TAPS; k++) a.sums[j * ROWS + k] -= sum[j] * sum[k] / pixels;
     }
     void take_means() {
         std::vector<std::array<double, INPUTS>> own(Shares::count(threads));
