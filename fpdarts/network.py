@@ -233,7 +233,8 @@ class DerivedNetwork(nn.Module):
     The memory format is the caller's: with images and network in torch.channels_last all maps stay in it. A cell
     computes with the parameters and buffers of its modules, which are not called: hooks on them are not either, and
     whether the batch's statistics or the running ones normalize depends on the cell's ``training``, not on theirs. Of
-    a normalization its momentum is heeded, not its eps, nor that it may have become another (SyncBatchNorm).
+    a normalization its momentum is heeded, not its eps, nor that it may have become another (SyncBatchNorm). So it is
+    with CIFAR's stem, where the back end has a kernel for it.
     Raises ValueError for an argument that makes no network.
     """
 

@@ -8,8 +8,7 @@ contexts ``counting`` and ``compiling``, which count what is launched within on 
 ``stem``, which networks then leave to PyTorch's modules; the other functions are parts of ``cell``, public so that each
 can be tested and timed alone. A faster back end may merge neighbouring parts (normalize into the stage that follows,
 for one); it is then tested against the same composition of the reference's parts. Parameters are packed as
-``fpdarts.kernels.spec`` says, the same for all. No back end knows
-another.
+``fpdarts.kernels.spec`` says, the same for all. No back end knows another.
 """
 
 import sys

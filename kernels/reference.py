@@ -234,11 +234,14 @@ def cell(spec, inputs, weights, operation_weights, edge_weights, gates, statisti
 
 
 def stem(images, weight, scale, shift, statistics=None):
-    raw, training = F.conv2d(images.detach(), weight, padding=1), statistics is None
-    mean, variance = (torch.zeros_like(scale) for _ in range(2)) if training else statistics
-    # with momentum 1 the running statistics become the batch's own
-    out = F.batch_norm(raw, mean, variance, scale, shift, training, 1.0 if training else 0.0, EPSILON)
-    return out, mean, variance
+    training = statistics is None
+    tables = tuple(torch.zeros_like(scale) for _ in range(2)) if training else statistics
+    return _normalize_affine(F.conv2d(images.detach(), weight, padding=1), tables, scale, shift, training), *tables
+
+
+def _normalize_affine(raw, statistics, scale, shift, training):
+    """In training the batch's own statistics are written into those given: of momentum 1 that is what they become."""
+    return F.batch_norm(raw, *statistics, scale, shift, training, 1.0 if training else 0.0, EPSILON)
 
 
 class _Affine:
@@ -253,10 +256,8 @@ class _Affine:
         self.rows = list(zip(self.mean.unbind(), self.variance.unbind()))
 
     def __call__(self, raw, name):
-        return F.batch_norm(
-            raw, *self.rows[self.spec.normalizations[name]], self.weights[f"{name}.weight"],
-            self.weights[f"{name}.bias"], self.training, 1.0 if self.training else 0.0, EPSILON,
-        )  # fmt: skip
+        scale, shift = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return _normalize_affine(raw, self.rows[self.spec.normalizations[name]], scale, shift, self.training)
 
 
 def derived_cell(spec, inputs, weights, path_scales=None, statistics=None):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import StemArguments, address, channels_last, library, new_map, require_float32, threads
+from .library import StemArguments, address, batch_tables, channels_last, library, new_map, require_float32, threads
 
 _SUMS = 32, 32  # of products of a patch's values
 
@@ -21,7 +21,7 @@ def _run(images: Tensor, channels: int, backward: bool, **tensors: Tensor | None
             channels=channels,
             x=images.data_ptr(),
             **fields,
-        )  # fmt: skip
+        )
     )
 
 
@@ -42,7 +42,7 @@ def _stem(
     """(out, mean, variance, inverse deviation, sums that backward reads)."""
     images, channels = channels_last(images), weight.shape[0]
     out = new_map((images.shape[0], channels, *images.shape[2:]))
-    mean, variance, inverse = (torch.empty(channels, dtype=torch.float32) for _ in range(3))
+    mean, variance, inverse = batch_tables((channels,), (channels,), (channels,))
     sums = torch.zeros(_SUMS, dtype=torch.float64)
     _run(
         images, channels, False, weight=_by_taps(weight), scale=scale.contiguous(), shift=shift.contiguous(),
@@ -74,7 +74,7 @@ def _stem_backward(
     """Of the weight, the scale and the shift. given: whether statistics were."""
     images, channels = channels_last(images), weight.shape[0]
     d_weight = torch.empty_like(_by_taps(weight))
-    d_scale, d_shift = torch.empty(channels, dtype=torch.float32), torch.empty(channels, dtype=torch.float32)
+    d_scale, d_shift = torch.empty_like(mean), torch.empty_like(mean)
     _run(
         images, channels, True, weight=_by_taps(weight), scale=scale.contiguous(), given_mean=mean if given else None,
         mean=mean, inverse=inverse, sums=sums, d_out=channels_last(d_out), d_weight=d_weight, d_scale=d_scale,
