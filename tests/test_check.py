@@ -101,7 +101,9 @@ def test_the_reference_passes_and_every_operation_is_there(small):
         assert {f"stage {name}, stride 1", f"stage {name}, stride 2"} <= set(found)
     for name in ("max_pool_3x3", "avg_pool_3x3"):
         assert {f"pooling {name}, stride 1", f"pooling {name}, stride 2"} <= set(found)
-    assert {"factorized_reduction", "normalize", "node", "step of weights", "step of architecture"} <= set(found)
+    assert {"factorized_reduction", "normalize", "node", "stem", "step of weights", "step of architecture"} <= set(
+        found
+    )
     assert {"cell, normal", "cell, reduction", "cell, factorized input"} <= set(found)
     assert {f"cell, gates {gates}" for gates in check_cases.GATES} <= set(found)
     assert {f"derived cell, {kind}" for kind in (*check_cases.DERIVED, "drop-path", "evaluation")} <= set(found)

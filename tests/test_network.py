@@ -9,7 +9,7 @@ from torch import nn
 
 from fpdarts.count import count, count_genotype
 from fpdarts.genotype import PUBLISHED, Genotype
-from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork, make_operation
+from fpdarts.network import AuxiliaryHead, Cell, DerivedNetwork, make_operation, mean_over_pixels
 from tests.naive import by_modules
 
 GENOTYPE = PUBLISHED["PC_DARTS_cifar"]
@@ -397,3 +397,14 @@ def test_the_momentum_of_normalizations_is_heeded(momentum):
         theirs(images)
     for (name, ours), expected in zip(network.named_buffers(), theirs.buffers()):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_mean_over_pixels_has_its_gradient_in_the_format_of_the_map(memory_format):
+    x = torch.randn(2, 5, 3, 4).to(memory_format=memory_format)
+    formats, y = [], x.clone(memory_format=memory_format).requires_grad_() * 1
+    y.register_hook(lambda gradient: formats.append(gradient.is_contiguous(memory_format=memory_format)))
+    means = mean_over_pixels(y)
+    torch.testing.assert_close(means, x.mean((2, 3)))
+    means.sum().backward()
+    assert formats == [True]
