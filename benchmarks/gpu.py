@@ -9,8 +9,8 @@ leaves DIR/<part>.json before the next one begins; one that is there already is 
 goes on where time ran out. The summary is printed last, and DIR/gpu.json holds everything.
 
 --data: a CIFAR-10 archive's folder, an image folder, or a .tar of one. --precompiled: what benchmarks.precompile made.
-Part ``tuning`` writes kernels/triton/timed.py, to be kept. --dry-run: all of it on the CPU, in Triton's interpreter,
-with tiny shapes.
+Part ``tuning`` writes kernels/triton/timed.py, to be kept; if ``check-tuned`` does not pass with it, it is taken back.
+--dry-run: all of it on the CPU, in Triton's interpreter, with tiny shapes.
 """
 
 import argparse
@@ -27,6 +27,9 @@ import triton
 
 from benchmarks.precompile import same_keys, unpack
 
+TIMED = Path(__file__).parents[1] / "kernels" / "triton" / "timed.py"
+BEFORE = "timed-before.py"  # what it was before tuning
+TIMED_OUT = "timed out"
 SKIPPED = ("compiled",)  # unless asked for: torch.compile takes minutes
 
 
@@ -214,10 +217,20 @@ def tuning(options):
     from benchmarks import tune
 
     result = tune.tune(options.device, dry_run=options.dry_run)
-    (Path(options.out) / "timed.py").write_text(result["timed"])
+    (Path(options.out) / BEFORE).write_text(TIMED.read_text())
+    (Path(options.out) / TIMED.name).write_text(result["timed"])
     if not options.dry_run:
-        Path(tune.timed.__file__).write_text(result["timed"])
+        TIMED.write_text(result["timed"])
     return result
+
+
+def _take_back(out: Path, code):
+    """What ``tuning`` chose, where ``check-tuned`` ended (code: how) and had not passed with it."""
+    told, before = out / "check-tuned.json", out / BEFORE
+    passed = code == 0 and json.loads(told.read_text())["passed"]
+    if before.exists() and code != TIMED_OUT and not passed:
+        TIMED.write_text(before.read_text())
+        print(f"== {TIMED} is as it was before tuning", flush=True)
 
 
 def loading(options):
@@ -297,7 +310,8 @@ PARTS = {
     "check-fp32": (240, lambda options: check(options, "off")),
     "check-bf16": (240, lambda options: check(options, "off" if options.dry_run else "bf16")),
     "tuning": (240, tuning),
-    "steps-bf16": (420, lambda options: steps(options, "high", True)),  # right with the blocks that were found?
+    "check-tuned": (240, lambda options: check(options, "off" if options.dry_run else "bf16")),
+    "steps-bf16": (420, lambda options: steps(options, "high", True)),
     "kernels": (180, kernels),
     "search": (420, search),
     "retrain-steps": (420, retrain_steps),
@@ -325,7 +339,7 @@ def _run_part(part, options, out, left) -> dict:
         try:
             code = child.wait(left)
         except subprocess.TimeoutExpired:
-            code = "timed out"
+            code = TIMED_OUT
             os.killpg(child.pid, signal.SIGKILL)  # its compilers too: they would go on beside the next part
             child.wait()
     tail = log.read_text().splitlines()
@@ -362,6 +376,8 @@ def main(options):
             print(f"== {part}: no time left")
         else:
             ran[part] = _run_part(part, options, out, left)
+            if part == "check-tuned" and not options.dry_run:
+                _take_back(out, ran[part]["code"])
     found = {part: json.loads((out / f"{part}.json").read_text()) for part in PARTS if (out / f"{part}.json").exists()}
     (out / "gpu.json").write_text(json.dumps(found | {"ran": ran}, indent=1) + "\n")
     _summary(found)

@@ -150,7 +150,8 @@ def configurations(arch: int) -> list[dict]:
 
 def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
     """{"rows": [{"told", "calls", "seconds": a call as it is, "best", "best_seconds", "times": {options: s}}], "timed":
-    the text of timed.py with what is faster}."""
+    the text of timed.py with what is faster}. Where the GPU refuses to go on after a variant's fault, "stopped" names
+    it, and timed.py stays as it is: other launches may not be able to take what was found."""
     from fpdarts.kernels.triton.launch import counting
 
     from benchmarks.cases import Setting, build
@@ -165,6 +166,7 @@ def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
             case.step(1)
         launches += launched.all
     rows, found = [], defaultdict(list)
+    known, here = timed.TIMED if timed.CHIP == chip() else {}, chip()
     for told, (launch, calls) in distinct(launches).items():
         now, times = _seconds(launch, device, rounds), {}
         for variant in variants(launch)[: 1 if dry_run else None]:
@@ -176,16 +178,18 @@ def tune(device: str = "cuda", rounds: int = 9, dry_run: bool = False) -> dict:
                     found[rule_of(launch)].append((calls * times[name], calls * now, chosen))
             except Exception as error:  # shapes that the chip cannot hold
                 print(f"{told}: {name}: {type(error).__name__}", flush=True)
+                if not _goes_on(device):
+                    print(f"stopped: {error}")
+                    return {"rows": rows, "timed": written(known, here), "stopped": f"{told}: {name}: {error}"}
         best = min(times, key=times.get)
         rows.append(
             {"told": told, "calls": calls, "seconds": now, "best": best, "best_seconds": times[best], "times": times}
         )
         print(f"{calls:3d} x {now * 1e6:7.1f} -> {times[best] * 1e6:7.1f} us {best}: {told}", flush=True)
     chosen, gained = fastest(found)
-    known = timed.TIMED if timed.CHIP == chip() else {}
     total = sum(row["calls"] * row["seconds"] for row in rows)
     print(f"in all {total * 1e3:.2f} ms, with {len(chosen)} other choices {(total - gained) * 1e3:.2f} ms")
-    return {"rows": rows, "timed": written(known | chosen, chip())}
+    return {"rows": rows, "timed": written(known | chosen, here)}
 
 
 def fastest(found: dict[tuple, list[tuple]]) -> tuple[dict, float]:
@@ -210,6 +214,16 @@ def written(table: dict, of_chip: int) -> str:
     head = re.sub(r"CHIP = \d+", f"CHIP = {of_chip}", Path(timed.__file__).read_text().partition("TIMED = ")[0])
     lines = [f"    {rule!r}: {options!r},  # fmt: skip" for rule, options in sorted(table.items(), key=repr)]
     return head + "\n".join(["TIMED = {", *lines, "}"]) + "\n"
+
+
+def _goes_on(device: str) -> bool:
+    """Whether the GPU still serves this process: after a fault it refuses."""
+    try:
+        if device != "cpu":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _seconds(launch, device: str, rounds: int) -> float:

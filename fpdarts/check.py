@@ -23,6 +23,8 @@ def _outcome(case: Case, side: Side, seed: int) -> dict[str, float]:
     """Errors by name. A back end that raises has an infinite one, under the name of what it raised."""
     try:
         found = case.compute(side, seed)
+        # here, for a GPU tells what a kernel did wrong only when its results are waited for
+        found = {name: None if tensor is None else tensor.detach().cpu() for name, tensor in found.items()}
     except Exception as error:  # whatever it is: the table says so, and the other operations are still checked
         return {f"{type(error).__name__} ({str(error).partition(chr(10))[0]})": math.inf}
     return relative_errors(found, case.compute(side.truth(), seed))

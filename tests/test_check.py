@@ -250,6 +250,20 @@ def test_a_tie_is_told_from_an_error_by_other_seeds(errors, passed):
     assert output == (0, "out") and (gradient[0] <= 0.1) == passed
 
 
+def test_a_fault_that_shows_when_a_result_is_waited_for_is_told_as_one_that_is_raised():
+    class Faulty(torch.Tensor):
+        def cpu(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
+
+    def compute(side, seed):
+        out = torch.ones(1)
+        return {"out": out if side.dtype == torch.float64 else out.as_subclass(Faulty)}
+
+    side = Side("reference", torch.device("cpu"), torch.float32, "off")
+    errors = check._outcome(Case("", compute), side, 0)
+    assert errors == {"RuntimeError (CUDA error: an illegal memory access was encountered)": math.inf}
+
+
 def test_bf16_hands_on_states_in_bf16_and_is_allowed_more(plant, small):
     seen = []
 

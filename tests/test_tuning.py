@@ -1,6 +1,7 @@
 """Block shapes: rules, what was timed in their place, and compiled kernels that travel."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fpdarts.kernels.triton import timed, tuning
 
-from benchmarks import aot, precompile, tune
+from benchmarks import aot, gpu, precompile, tune
 
 RULE = "rows_forward", 8, 32, 32, "ieee", 2
 
@@ -69,6 +70,41 @@ def test_the_fastest_is_chosen_for_all_launches_of_a_rule():
     chosen, gained = tune.fastest(found)
     assert chosen == {RULE: {"TALL": 4, "maxnreg": None}, ("pooling", 8, 2): four}
     assert gained == pytest.approx(4 + 0.5)
+
+
+def test_a_fault_ends_the_tuning_with_what_was_timed_and_changes_nothing(monkeypatch):
+    def seconds(launch, device, rounds):
+        if launch == "faulty":
+            raise RuntimeError("an illegal memory access was encountered")
+        return 1.0 if launch == "as it is" else 0.5
+
+    case = SimpleNamespace(step=lambda i: None)
+    monkeypatch.setattr("benchmarks.cases.build", lambda *given: case)
+    monkeypatch.setattr(tune, "distinct", lambda launches: {"a launch": ["as it is", 1], "another": ["as it is", 1]})
+    monkeypatch.setattr(tune, "variants", lambda launch: ["fast", "faulty", "fast"])
+    monkeypatch.setattr(tune, "choice", lambda launch: {"num_warps": launch})
+    monkeypatch.setattr(tune, "rule_of", lambda launch: RULE)
+    monkeypatch.setattr(tune, "_seconds", seconds)
+    for goes_on, launches in ((True, 2), (False, 0)):
+        monkeypatch.setattr(tune, "_goes_on", lambda device, goes_on=goes_on: goes_on)
+        result, table = tune.tune("cpu"), {}
+        exec(result["timed"], table)
+        assert len(result["rows"]) == launches and ("stopped" in result) != goes_on
+        assert (RULE in table["TIMED"]) == goes_on
+    assert result["stopped"].startswith("a launch: num_warps=faulty: an illegal memory access")
+
+
+@pytest.mark.parametrize(
+    "code, passed, kept", [(0, True, True), (0, False, False), (1, None, False), ("timed out", None, True)]
+)
+def test_what_was_tuned_is_taken_back_unless_the_check_passes_with_it(tmp_path, monkeypatch, code, passed, kept):
+    monkeypatch.setattr(gpu, "TIMED", tmp_path / "kernels.py")
+    gpu.TIMED.write_text("tuned")
+    (tmp_path / gpu.BEFORE).write_text("before")
+    if passed is not None:
+        (tmp_path / "check-tuned.json").write_text(json.dumps({"passed": passed}))
+    gpu._take_back(tmp_path, code)
+    assert gpu.TIMED.read_text() == ("tuned" if kept else "before")
 
 
 def test_the_table_is_written_as_it_is_read():
